@@ -1,0 +1,485 @@
+"""Neural style transfer by optimising the pixels of a picture.
+
+    L. A. Gatys, A. S. Ecker, M. Bethge: "Image Style Transfer Using Convolutional Neural Networks", CVPR 2016.
+
+The feature maps F_l of a network trained to recognise objects describe what is in a picture; the correlations G_l
+between them, which forget where things are, describe how it is painted. Start from the content photo and change its
+pixels, by gradient descent through the network, until its F matches the photo's and its G the painting's.
+
+    python gatys.py content.jpg style.jpg                                     # style transfer
+    python gatys.py content.jpg style.jpg --content-weight 0 --init noise     # texture synthesis
+    python gatys.py content.jpg --style-weight 0 --init noise                 # feature inversion
+
+Where this departs from the paper:
+
+- The content loss is a mean, where Eq. 1 is a sum, which grows with the picture while Eq. 4 does not. So the weights
+  mean the same at every size (the authors' own notebook does likewise).
+- The network is rescaled by one factor a layer, not one a filter, over the two pictures at hand, not ImageNet: over
+  two pictures some filters stay silent, and no factor brings their mean activation to 1.
+- The optimisation starts from the content photo (`--init noise` is the paper's) and goes from coarse to fine
+  (`--scales 1` is the paper's), as in Gatys et al., "Controlling Perceptual Factors in Neural Style Transfer",
+  CVPR 2017: large shapes of the style are found at low resolution, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torchvision.transforms.functional import center_crop
+from tqdm import tqdm
+
+from common import (
+    VGG,
+    ArgumentParser,
+    InputError,
+    check_output,
+    gram_matrix,
+    load_image,
+    number,
+    one_line_errors,
+    pick_device,
+    pick_precision,
+    provenance,
+    replacing,
+    save_gif,
+    save_image,
+)
+
+CONTENT_LAYERS = ("relu4_2",)
+STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+BYTES_PER_PIXEL = 5000  # of memory that the default layers take, in bfloat16 on a CPU (measured)
+
+
+# --- Network -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rescale(vgg: VGG, images: Sequence[Tensor]) -> None:
+    """Scale the weights of `vgg`, in place, so that every layer's mean activation over `images` is 1 (paper, §2).
+
+    Why it stays the same network: ReLU and pooling are positively homogeneous, f(s·x) = s·f(x) for s > 0, so that
+    dividing a layer's weights and bias by m > 0 divides its activations by m, and multiplying the next layer's
+    weights by m undoes that. Every feature map keeps its shape and gets a new unit, its mean.
+    """
+    activations = [vgg.normalize(image) for image in images]
+    previous = 1.0
+    for layer in vgg.features:
+        activations = [layer(a) for a in activations]  # of the network as it was
+        if isinstance(layer, nn.Conv2d):
+            mean = torch.stack([a.relu().mean() for a in activations]).mean()
+            layer.weight *= previous / mean
+            layer.bias /= mean
+            previous = mean
+
+
+# --- Losses ------------------------------------------------------------------------------------------------
+
+
+def content_loss(f: Tensor, p: Tensor) -> Tensor:
+    """Half the mean squared difference of the feature maps F of the picture and P of the photo, each (1, N, H, W)."""
+    # Gatys Eq. 1:  L_content = ½ Σ_ij (F_ij − P_ij)²   (here the mean over i, j in place of the sum)
+    return 0.5 * (f.float() - p.float()).square().mean()
+
+
+def style_loss(g: Tensor, a: Tensor) -> Tensor:
+    """E_l, the squared distance of the Gram matrices G of the picture and A of the painting, each (1, N, N)."""
+    # Gatys Eq. 4:  E_l = 1/(4 N² M²) Σ_ij (G_ij − A_ij)²   (gram_matrix() has already divided by N·M)
+    return 0.25 * (g - a).square().sum()
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels of x (1, 3, H, W): a smoothness term that the paper has not."""
+    return (x[..., 1:, :] - x[..., :-1, :]).square().mean() + (x[..., 1:] - x[..., :-1]).square().mean()
+
+
+def total_loss(
+    x: Tensor,
+    F: dict[str, Tensor],
+    P: dict[str, Tensor],
+    A: dict[str, Tensor],
+    content_weight: float,
+    style_weight: float,
+    tv_weight: float = 0.0,
+) -> dict[str, Tensor]:
+    """The terms `content`, `style`, `variation` of the loss of the picture x, and their weighted sum `total`.
+
+    F maps layers to the feature maps of x; P has those of the photo at the content layers; A has the Gram matrices of
+    the painting at the style layers.
+    """
+    zero = x.new_zeros(())
+    L_content = sum((content_loss(F[layer], P[layer]) for layer in P), zero) / max(1, len(P))
+    # Gatys Eq. 5:  L_style = Σ_l w_l E_l   with w_l = 1 / number of layers
+    L_style = sum((style_loss(gram_matrix(F[layer]), A[layer]) for layer in A), zero) / max(1, len(A))
+    # Gatys Eq. 7:  L_total = α L_content + β L_style   (and the variation, unless its weight is 0)
+    L_tv = total_variation(x) if tv_weight else zero
+    total = content_weight * L_content + style_weight * L_style + tv_weight * L_tv
+    return {"total": total, "content": L_content, "style": L_style, "variation": L_tv}
+
+
+# --- Optimisation ------------------------------------------------------------------------------------------
+
+
+class Diverged(InputError):
+    """The loss is no longer a finite number."""
+
+
+def optimize(
+    x: Tensor,
+    objective: Callable[[Tensor], dict[str, Tensor]],
+    num_steps: int,
+    lbfgs_iters: int,
+    optimizer: str = "lbfgs",
+    lr: float | None = None,
+) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls; yield the picture after every step.
+
+    A step is `lbfgs_iters` iterations of L-BFGS or Adam, each one evaluation of the objective and its gradient. With
+    the picture come the values of the objective at the step's last evaluation.
+
+    Raises:
+        Diverged: the picture or its loss is no longer finite.
+    """
+    # torch's L-BFGS has absolute thresholds: its first move is at most 1 (the sum of all changes), and it skips
+    # curvature below 1e-10. In a unit of 1000 white levels, with a large loss, neither depends on size or weights.
+    unit, gain = 1e3, 1e6
+    z = (x / unit).contiguous().requires_grad_(True)
+    if optimizer == "lbfgs":
+        method = torch.optim.LBFGS(
+            [z], lr or 1.0, max_iter=lbfgs_iters, history_size=20, tolerance_grad=0, tolerance_change=0
+        )
+    else:
+        method = torch.optim.Adam([z], (lr or 0.02) / unit)
+    losses: dict[str, Tensor] = {}
+
+    def closure() -> Tensor:
+        nonlocal losses
+        method.zero_grad()
+        losses = objective(unit * z)  # no clamp: it would cut off the gradient of all pixels beyond [0, 1]
+        (gain * losses["total"]).backward()
+        return gain * losses["total"].detach()
+
+    for step in range(1, num_steps + 1):
+        for _ in range(1 if optimizer == "lbfgs" else lbfgs_iters):
+            method.step(closure)
+        x = unit * z.detach()
+        values = torch.stack([*losses.values(), x.mean()]).tolist()  # one transfer a step: each one stalls a GPU
+        if not all(map(math.isfinite, values)):
+            raise Diverged(f"the loss became infinite in step {step}: try a smaller --lr, or smaller weights")
+        yield x, dict(zip(losses, values, strict=False))
+
+
+# --- Style transfer ----------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """What `stylize` reports after every step."""
+
+    step: int  # 1 … steps, over all scales
+    steps: int
+    done: float  # share of the whole work, 0 … 1: a step at a fine scale is more work than one at a coarse scale
+    image: Tensor  # (1, 3, h, w) in [0, 1], at the size of the present scale
+    losses: dict[str, float]  # of `total_loss`
+
+
+def stylize(
+    content: Tensor,
+    styles: Sequence[Tensor] = (),
+    *,
+    content_weight: float = 1.0,
+    style_weight: float = 100.0,
+    tv_weight: float = 0.0,
+    content_layers: Sequence[str] = CONTENT_LAYERS,
+    style_layers: Sequence[str] = STYLE_LAYERS,
+    style_blend: Sequence[float] | None = None,
+    num_steps: int = 10,
+    lbfgs_iters: int = 4,
+    scales: int | None = None,
+    optimizer: str = "lbfgs",
+    lr: float | None = None,
+    init: str = "content",
+    pooling: str = "avg",
+    arch: str = "vgg19",
+    weights: str | Path = "auto",
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
+    callback: Callable[[Progress], None] = lambda progress: None,
+) -> Tensor:
+    """Paint `content` in the style of `styles`.
+
+    Args:
+        content: (1, 3, H, W) in [0, 1]. The result has its size and device; with weight 0 nothing else of it counts.
+        styles: each (1, 3, h, w) in [0, 1], of any size: brush strokes come out as large in px as they are there.
+        content_weight, style_weight, tv_weight: α and β of Eq. 7, and the weight of the total variation.
+        content_layers, style_layers: names such as `relu4_2`.
+        style_blend: one share for each style; None for equal shares.
+        num_steps, lbfgs_iters: steps at each scale, and iterations in each step.
+        scales: how many sizes to go through, each half the next; None goes down to a longer side of 192 px or more.
+        optimizer, lr: `lbfgs` (learning rate 1 by default) or `adam` (0.02 of the range of a pixel).
+        init: what to start from: `content`, `style` or `noise` (white noise from `seed`).
+        pooling, arch, weights: of the network; see `common.VGG`.
+        precision: torch.bfloat16 runs the network in it, by autocast.
+        callback: called after every step; what it raises ends the optimisation.
+
+    Returns:
+        (1, 3, H, W) in [0, 1].
+
+    Raises:
+        InputError: arguments that contradict each other, or more pixels than fit into memory.
+        Diverged: the loss is no longer finite; the last picture that `callback` was given is good.
+    """
+    if content_weight <= 0 and style_weight <= 0:
+        raise InputError("nothing to do: --content-weight or --style-weight must be positive")
+    if not styles and (style_weight > 0 or init == "style"):
+        raise InputError("a style image is needed, unless --style-weight is 0 and --init is not style")
+    blend = style_blend or [1.0] * len(styles)
+    if len(blend) != len(styles) or (styles and sum(blend) <= 0):
+        raise InputError(f"--style-blend needs {len(styles)} shares, one for each style image, not all 0")
+    content_layers = content_layers if content_weight > 0 else []
+    style_layers = style_layers if style_weight > 0 else []
+    styles = styles if style_weight > 0 or init == "style" else []
+
+    longer = max(content.shape[-2:])
+    largest = int(longer * math.sqrt(free_memory(content.device) / (BYTES_PER_PIXEL * content[0, 0].numel())))
+    if largest < longer:
+        raise InputError(f"not enough memory for {longer} px: about --image-size {largest} is likely to fit")
+    if scales is None:
+        scales = 1 + max(0, math.floor(math.log2(longer / 192)))
+    factors = [0.5**k for k in reversed(range(scales))]  # …, ¼, ½, 1
+    vgg = VGG([*content_layers, *style_layers], arch, weights, pooling).to(content.device)
+    step, work, total_work = 0, 0.0, num_steps * sum(f**2 for f in factors)
+
+    def features(image: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            return vgg(image)
+
+    def objective(x: Tensor, P: dict[str, Tensor], A: dict[str, Tensor]) -> dict[str, Tensor]:
+        return total_loss(x, features(x), P, A, content_weight, style_weight, tv_weight)
+
+    x = content
+    for factor in factors:
+        photo = resize(content, factor)
+        paintings = [resize(style, factor) for style in styles]
+        if step == 0:
+            rescale(vgg, [photo] * bool(content_layers) + paintings * bool(style_layers))
+            x = start(init, photo, paintings, seed)
+        else:
+            x = nnf.interpolate(x, photo.shape[-2:], mode="bicubic").clamp(0, 1)
+
+        with torch.no_grad():
+            P = {layer: F for layer, F in features(photo).items() if layer in content_layers}
+            # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
+            A = dict.fromkeys(style_layers, torch.zeros((), device=x.device))
+            for share, painting in zip(blend, paintings, strict=True):
+                F = features(painting)
+                A = {layer: A[layer] + share / sum(blend) * gram_matrix(F[layer]) for layer in style_layers}
+
+        for picture, losses in optimize(x, partial(objective, P=P, A=A), num_steps, lbfgs_iters, optimizer, lr):
+            step, work, x = step + 1, work + factor**2, picture
+            callback(Progress(step, num_steps * scales, work / total_work, x.clamp(0, 1), losses))
+    return x.clamp(0, 1)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on `device`; infinity where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return math.inf
+
+
+def resize(image: Tensor, factor: float) -> Tensor:
+    """Scale (1, 3, H, W) down by `factor` ≤ 1, smoothly."""
+    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
+    return image if factor == 1 else nnf.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def start(init: str, photo: Tensor, paintings: Sequence[Tensor], seed: int) -> Tensor:
+    """The picture to start from, as large as the photo (1, 3, H, W): the photo, white noise, or the first painting."""
+    if init == "content":
+        return photo
+    if init == "noise":  # drawn on the CPU, so that every device starts from the same
+        return torch.rand(photo.shape, generator=torch.Generator().manual_seed(seed)).to(photo)
+    h, w = photo.shape[-2:]
+    cover = max(h / paintings[0].shape[-2], w / paintings[0].shape[-1])
+    size = [math.ceil(side * cover) for side in paintings[0].shape[-2:]]
+    return center_crop(nnf.interpolate(paintings[0], size, mode="bicubic", antialias=True).clamp(0, 1), [h, w])
+
+
+# --- Command line ------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; InputError on a mistake."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    layers = {"nargs": "+", "metavar": "LAYER"}
+
+    def scales(text: str) -> float | None:
+        return None if text == "auto" else number(int, 1)(text)
+
+    add("content", type=Path, help="photo: what to paint")
+    add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        help=".png, .jpg or .webp (default: <content>_<style>.png)",
+        default=argparse.SUPPRESS,
+    )
+    add("--image-size", type=number(int, 1), default=512, help="longer side of the result, in px")
+    add("--center-crop", action="store_true", help="crop all images to their central square first")
+    add("--style-scale", type=number(), default=1.0, help="longer side of the style image, relative to the result's")
+    add("--content-weight", type=number(), default=1.0, help="α of Eq. 7")
+    add("--style-weight", type=number(), default=30.0, help="β of Eq. 7")
+    add("--tv-weight", type=number(), default=0.0, help="weight of the total variation, for smoothness")
+    add("--content-layers", **layers, default=CONTENT_LAYERS, help="of relu1_1 … relu5_4")
+    add("--style-layers", **layers, default=STYLE_LAYERS, help="of relu1_1 … relu5_4")
+    add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
+    add("--num-steps", type=number(int, 1), default=10, help="steps at each scale; each one is reported")
+    add("--lbfgs-iters", type=number(int, 1), default=4, help="iterations of the optimiser in each step")
+    add(
+        "--scales", type=scales, default="auto", help="sizes to go through, each half the next; auto: from about 192 px"
+    )
+    add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
+    add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
+    add("--init", choices=["content", "style", "noise"], default="content", help="start; the paper's is noise")
+    add("--pooling", choices=["avg", "max"], default="avg", help="the paper's is avg")
+    add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="the paper's is vgg19; it needs no download")
+    add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict, or random")
+    add("--save-gif", action="store_true", help="write the optimisation as an animation, <output>.gif")
+    add("--save-all", action="store_true", help="write the picture after every step to <output>_frames/")
+    add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, <output>_losses.png")
+    add("--seed", type=number(int), default=0, help="of the white noise")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the network")
+    args = parser.parse_args(argv)
+    if "output" not in args:
+        args.output = Path("_".join(path.stem for path in [args.content, *args.styles]) + ".png")
+    return args
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> None:
+    """Stylise files as the command line says, and write the picture and what else was asked for."""
+    check_output(args.output)
+    if args.output.resolve() in [path.resolve() for path in [args.content, *args.styles]]:
+        raise InputError(f"{args.output} is an input: choose another --output")
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    content = load_image(args.content, args.image_size, args.center_crop).to(device)
+    style_size = max(1, round(args.image_size * args.style_scale))
+    styles = [load_image(path, style_size, args.center_crop).to(device) for path in args.styles]
+    print(f"computing on {device} in {str(precision).removeprefix('torch.')}", file=sys.stderr)
+
+    history: list[Progress] = []  # without the pictures, but for the last one
+    frames: list[Tensor] = []
+    stem = args.output.with_suffix("")
+    bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", smoothing=0)
+
+    def report(progress: Progress) -> None:
+        bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in progress.losses.items()), refresh=False)
+        bar.update(progress.done - bar.n)
+        if history:
+            history[-1] = history[-1]._replace(image=None)
+        history.append(progress)
+        if args.save_gif:
+            frames.append((progress.image * 255).round().byte().cpu())
+        if args.save_all:
+            save_image(progress.image, Path(f"{stem}_frames", f"{progress.step:04d}.png"))
+
+    stopped = None
+    try:
+        image = stylize(
+            content,
+            styles,
+            content_weight=args.content_weight,
+            style_weight=args.style_weight,
+            tv_weight=args.tv_weight,
+            content_layers=args.content_layers,
+            style_layers=args.style_layers,
+            style_blend=args.style_blend,
+            num_steps=args.num_steps,
+            lbfgs_iters=args.lbfgs_iters,
+            scales=args.scales,
+            optimizer=args.optimizer,
+            lr=args.lr,
+            init=args.init,
+            pooling=args.pooling,
+            arch=args.vgg,
+            weights=args.vgg_weights,
+            seed=args.seed,
+            precision=precision,
+            callback=report,
+        )
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU it is a plain one
+        if "memory" not in str(error):
+            raise
+        fitting = round(0.7 * max(content.shape[-2:]))
+        raise InputError(f"out of memory: about --image-size {fitting} is likely to fit") from error
+    except (KeyboardInterrupt, Diverged) as error:
+        if not history:
+            raise
+        stopped, image = error, history[-1].image
+    finally:
+        bar.close()
+
+    image = nnf.interpolate(image, content.shape[-2:], mode="bicubic").clamp(0, 1)  # stopped at a coarse scale
+    last = history[-1]
+    losses = ", ".join(f"{k} {v:.6g}" for k, v in last.losses.items())
+    save_image(
+        image, args.output, provenance(command, seed=args.seed, steps=f"{last.step} of {last.steps}", losses=losses)
+    )
+    if args.save_gif:
+        size = [round(side * min(1, 512 / max(content.shape[-2:]))) for side in content.shape[-2:]]
+        save_gif((nnf.interpolate(f / 255, size, mode="bicubic", antialias=True) for f in frames), f"{stem}.gif")
+    if args.save_losses:
+        save_losses(history, stem)
+    saved = f"the picture after step {last.step} of {last.steps} is in {args.output}"
+    if isinstance(stopped, Diverged):
+        raise InputError(f"{stopped}; {saved}")
+    print(f"interrupted: {saved}" if stopped else args.output, file=sys.stderr if stopped else sys.stdout)
+    if stopped:
+        raise SystemExit(130)
+
+
+def save_losses(history: Sequence[Progress], stem: Path) -> None:
+    """Write <stem>_losses.csv, a row for each step, and a plot of it, <stem>_losses.png."""
+    import matplotlib.pyplot as plt  # here, as it takes long to load and is seldom needed
+
+    plt.switch_backend("agg")  # needs no display
+    names = list(history[0].losses)
+    with replacing(f"{stem}_losses.csv") as path, path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *names])
+        writer.writerows([p.step, *(p.losses[name] for name in names)] for p in history)
+    figure, axes = plt.subplots()
+    for name in names:
+        axes.semilogy([p.step for p in history], [p.losses[name] for p in history], label=name)
+    axes.set(xlabel="step", ylabel="loss (content, style and variation before weighting)")
+    axes.legend()
+    with replacing(f"{stem}_losses.png") as path:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with status 2 on a failure that the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        run(parse_args(argv), ["python", "gatys.py", *argv])
+
+
+if __name__ == "__main__":
+    main()

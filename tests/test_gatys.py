@@ -1,0 +1,301 @@
+"""gatys.py against the paper's equations, written out as loops in float64, and its printed gradients."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+
+import common
+import gatys
+from common import VGG, InputError, gram_matrix
+from gatys import Diverged, content_loss, optimize, rescale, style_loss, stylize, total_loss, total_variation
+
+SMALL = {
+    "weights": "random",
+    "content_layers": ["relu2_2"],
+    "style_layers": ["relu1_1", "relu2_1"],
+    "num_steps": 2,
+    "lbfgs_iters": 3,
+    "style_weight": 1.0,
+}
+N, H, W = 3, 4, 5
+M = H * W
+
+
+def feature_maps(seed):
+    """Two feature maps (1, N, H, W) in float64, before the ReLU."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, N, H, W, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def gram_by_loops(f):
+    """Gatys Eq. 3: G_ij = Σ_k F_ik F_jk."""
+    f = f.reshape(N, M)
+    return [[sum(f[i, k] * f[j, k] for k in range(M)) for j in range(N)] for i in range(N)]
+
+
+def style_by_loops(f, p):
+    """Gatys Eq. 4: E_l = 1/(4 N² M²) Σ_ij (G_ij − A_ij)²."""
+    G, A = gram_by_loops(f), gram_by_loops(p)
+    return sum((G[i][j] - A[i][j]) ** 2 for i in range(N) for j in range(N)) / (4 * N**2 * M**2)
+
+
+# --- Losses ---
+
+
+def test_content_loss_is_eq_1_over_the_number_of_entries():
+    f, p = feature_maps(0)
+    eq_1 = 0.5 * sum((a - b) ** 2 for a, b in zip(f.flatten(), p.flatten(), strict=True))
+    assert content_loss(f, p).item() == pytest.approx(eq_1.item() / (N * M), rel=1e-6)
+
+
+def test_style_loss_is_eq_4():
+    f, p = feature_maps(1)
+    torch.testing.assert_close(style_loss(gram_matrix(f), gram_matrix(p)), style_by_loops(f, p))
+
+
+def test_style_loss_compares_pictures_of_different_sizes():
+    f = torch.randn(1, N, H, W, dtype=torch.float64)
+    assert style_loss(gram_matrix(f), gram_matrix(f.repeat(1, 1, 3, 2))).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_total_loss_is_eq_5_and_7():
+    x = torch.rand(1, 3, 4, 6, dtype=torch.float64)
+    maps = {name: feature_maps(seed) for seed, name in enumerate(["relu1_1", "relu2_1", "relu3_1", "relu4_2"])}
+    F, P = ({name: pair[k] for name, pair in maps.items()} for k in (0, 1))
+    style_layers = ["relu1_1", "relu2_1", "relu3_1"]
+    A = {name: gram_matrix(P[name]) for name in style_layers}
+    losses = total_loss(x, F, {"relu4_2": P["relu4_2"]}, A, 2.0, 70.0, 0.5)
+    eq_5 = sum(1 / 3 * style_by_loops(F[name], P[name]) for name in style_layers)
+    eq_1 = 0.5 * ((F["relu4_2"] - P["relu4_2"]) ** 2).sum() / (N * M)
+    tv = sum(((x[0, c, i + 1, j] - x[0, c, i, j]) ** 2) for c in range(3) for i in range(3) for j in range(6)) / 54
+    tv += sum(((x[0, c, i, j + 1] - x[0, c, i, j]) ** 2) for c in range(3) for i in range(4) for j in range(5)) / 60
+    assert losses["style"].item() == pytest.approx(eq_5.item(), rel=1e-6)
+    assert losses["content"].item() == pytest.approx(eq_1.item(), rel=1e-6)
+    assert total_variation(x).item() == pytest.approx(tv.item(), rel=1e-6)
+    assert losses["total"].item() == pytest.approx((2 * eq_1 + 70 * eq_5 + 0.5 * tv).item(), rel=1e-6)
+
+
+def test_gradient_of_the_content_loss_is_eq_2():
+    before_relu, p = feature_maps(2)
+    before_relu.requires_grad_()
+    F, P = before_relu.relu(), p.relu()
+    (content_loss(F, P) * N * M).backward()
+    eq_2 = torch.where(F > 0, F - P, 0)
+    torch.testing.assert_close(before_relu.grad, eq_2, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_the_style_loss_is_eq_6():
+    before_relu, p = feature_maps(3)
+    before_relu.requires_grad_()
+    F, P = before_relu.relu(), p.relu()
+    style_loss(gram_matrix(F), gram_matrix(P)).backward()
+    F = F.detach()
+    f, G, A = F.reshape(N, M), torch.tensor(gram_by_loops(F)).double(), torch.tensor(gram_by_loops(P)).double()
+    eq_6 = torch.where(f > 0, (f.T @ (G - A)).T / (N**2 * M**2), 0)
+    torch.testing.assert_close(before_relu.grad.reshape(N, M), eq_6, rtol=1e-4, atol=1e-7)
+
+
+# --- Network ---
+
+
+def test_rescaling_gives_mean_activation_1_and_the_same_network_up_to_scale():
+    names = ["relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2"]
+    images = [torch.rand(1, 3, 40, 32), torch.rand(1, 3, 24, 48) ** 2]
+    vgg = VGG(names, "vgg16", "random", "avg")
+    before = [vgg(image) for image in images]
+    rescale(vgg, images)
+    after = [vgg(image) for image in images]
+    for name in names:
+        assert sum(maps[name].mean() for maps in after).item() / 2 == pytest.approx(1, rel=1e-3)
+        factor = before[0][name].mean() / after[0][name].mean()
+        for a, b in zip(after, before, strict=True):
+            torch.testing.assert_close(a[name] * factor, b[name], rtol=1e-3, atol=1e-4 * factor.item())
+
+
+# --- Optimisation ---
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_optimize_finds_the_minimum(optimizer):
+    target = torch.rand(1, 3, 8, 8)
+    curvature = torch.rand(1, 3, 8, 8) + 0.1
+
+    def objective(x):
+        return {"total": (curvature * (x - target).square()).mean()}
+
+    steps = list(optimize(torch.full_like(target, 0.5), objective, 10, 20, optimizer))
+    assert len(steps) == 10
+    torch.testing.assert_close(steps[-1][0], target, rtol=0, atol=0.01)
+    assert steps[-1][1]["total"] < steps[0][1]["total"]
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_lbfgs_does_not_depend_on_the_scale_of_the_loss(scale):
+    """torch's L-BFGS stands still when a loss is small: its thresholds are absolute."""
+    target = torch.rand(1, 3, 8, 8)
+
+    def picture(scale):
+        steps = optimize(torch.zeros_like(target), lambda x: {"total": scale * (x - target).pow(4).mean()}, 3, 4)
+        return list(steps)[-1][0]
+
+    torch.testing.assert_close(picture(scale), picture(1.0), rtol=0, atol=0.01)
+    assert picture(scale).mean() > 0.1
+
+
+def test_optimize_does_not_clamp():
+    steps = optimize(torch.zeros(1, 3, 4, 4), lambda x: {"total": (x + 1).square().mean()}, 5, 10)
+    assert list(steps)[-1][0].max() < -0.9
+
+
+def test_a_loss_that_becomes_infinite_stops_it():
+    seen = []
+
+    def objective(x):
+        seen.append(x)
+        return {"total": x.mean() * (math.inf if len(seen) > 6 else 1)}
+
+    steps = optimize(torch.zeros(1, 3, 4, 4), objective, 10, 3)
+    with pytest.raises(Diverged, match="--lr"):
+        for x, _ in steps:
+            assert x.isfinite().all()
+    assert 6 < len(seen) <= 9
+
+
+# --- stylize ---
+
+
+@pytest.fixture
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(1, 3, 40, 56, generator=generator), torch.rand(1, 3, 32, 48, generator=generator) ** 3]
+
+
+def record(*args, **kwargs):
+    history = []
+    return stylize(*args, **(SMALL | kwargs), callback=history.append), history
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_the_loss_falls(pictures, optimizer):
+    result, history = record(pictures[0], pictures[1:], optimizer=optimizer, num_steps=4)
+    losses = [progress.losses["total"] for progress in history]
+    assert losses[-1] < 0.7 * losses[0]
+    assert result.shape == pictures[0].shape
+    assert 0 <= result.min() < result.max() <= 1
+
+
+@pytest.mark.parametrize("size", [(37, 53), (16, 64), (64, 16), (33, 132)])
+def test_every_size_comes_out_as_it_went_in(pictures, size):
+    content = torch.nn.functional.interpolate(pictures[0], size)
+    result, _ = record(content, [torch.rand(1, 3, 51, 17)], content_layers=["relu4_2"], scales=1)
+    assert result.shape == content.shape
+
+
+def test_scales_go_from_coarse_to_fine(pictures):
+    _, history = record(torch.rand(1, 3, 390, 100), pictures[1:], num_steps=1, lbfgs_iters=1)
+    assert [progress.image.shape[-2:] for progress in history] == [(195, 50), (390, 100)]
+    assert [progress.done for progress in history] == [0.2, 1.0]
+    _, history = record(pictures[0], pictures[1:], num_steps=1, lbfgs_iters=1, scales=3)
+    assert [progress.image.shape[-1] for progress in history] == [14, 28, 56]
+    assert [(progress.step, progress.steps) for progress in history] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_zero_weights_skip_what_they_make_needless(pictures, monkeypatch):
+    deepest = []
+    forward = VGG.forward
+    monkeypatch.setattr(VGG, "forward", lambda self, x: deepest.append(self.layers) or forward(self, x))
+    _, history = record(pictures[0], pictures[1:], content_weight=0.0, init="noise")
+    assert set(map(tuple, deepest)) == {("relu1_1", "relu2_1")}
+    assert history[-1].losses["content"] == 0
+    deepest.clear()
+    _, history = record(pictures[0], content_weight=1.0, style_weight=0.0, init="noise")
+    assert set(map(tuple, deepest)) == {("relu2_2",)}
+    assert history[-1].losses["style"] == 0
+
+
+def test_inversion_comes_nearer_to_the_photo_than_noise(pictures):
+    smooth = torchvision.transforms.functional.gaussian_blur(pictures[0], 9)
+    result, _ = record(smooth, style_weight=0.0, init="noise", content_layers=["relu1_1"], num_steps=10)
+    noise = gatys.start("noise", smooth, [], seed=0)
+    assert (result - smooth).square().mean() < 0.1 * (noise - smooth).square().mean()
+
+
+def test_texture_does_not_depend_on_the_contents_pixels(pictures):
+    arguments = {"content_weight": 0.0, "init": "noise"}
+    first, _ = record(pictures[0], pictures[1:], **arguments)
+    second, _ = record(1 - pictures[0], pictures[1:], **arguments)
+    assert torch.equal(first, second)
+
+
+def test_blend_weighs_the_gram_matrices(pictures):
+    styles = [pictures[1], 1 - pictures[1]]
+    only_first, _ = record(pictures[0], styles[:1], content_weight=0.0)
+    with_zero_share, _ = record(pictures[0], styles, style_blend=[2.0, 0.0], content_weight=0.0)
+    equal, _ = record(pictures[0], styles, content_weight=0.0)
+    explicit, _ = record(pictures[0], styles, style_blend=[3.0, 3.0], content_weight=0.0)
+    assert (only_first - with_zero_share).abs().mean() < 0.05  # the rescaling sees both styles
+    assert torch.equal(equal, explicit)
+    assert (equal - only_first).abs().mean() > 0.05
+
+
+def test_initialisations(pictures):
+    content, style = pictures
+    assert torch.equal(gatys.start("content", content, [style], 0), content)
+    noise = gatys.start("noise", content, [style], 1)
+    assert noise.shape == content.shape
+    assert torch.equal(noise, gatys.start("noise", content, [style], 1))
+    assert not torch.equal(noise, gatys.start("noise", content, [style], 2))
+    assert 0.2 < noise.std() < 0.35  # uniform: 0.289
+    ramp = torch.linspace(0, 1, 90).expand(1, 3, 30, 90)
+    from_style = gatys.start("style", content, [ramp], 0)  # covers 40×56 at 40×120, so that the middle stays
+    assert from_style.shape == content.shape
+    torch.testing.assert_close(from_style[0, 0, 20], torch.linspace(32 / 120, 88 / 120, 56), rtol=0, atol=0.02)
+
+
+def test_the_same_seed_gives_the_same_picture(pictures):
+    first, _ = record(pictures[0], pictures[1:], init="noise", seed=5)
+    second, _ = record(pictures[0], pictures[1:], init="noise", seed=5)
+    other, _ = record(pictures[0], pictures[1:], init="noise", seed=6)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_bfloat16_gives_nearly_the_same_picture(pictures):
+    exact, _ = record(pictures[0], pictures[1:])
+    half, _ = record(pictures[0], pictures[1:], precision=torch.bfloat16)
+    assert not torch.equal(exact, half)
+    assert (exact - half).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"content_weight": 0.0, "style_weight": 0.0}, "must be positive"),
+        ({"styles": []}, "style image"),
+        ({"styles": [], "style_weight": 0.0, "init": "style"}, "style image"),
+        ({"style_blend": [1.0, 2.0]}, "--style-blend"),
+        ({"style_blend": [0.0]}, "--style-blend"),
+        ({"content_layers": ["relu9_1"]}, "relu9_1.*relu5_3"),
+        ({"scales": 6}, "too small"),
+    ],
+)
+def test_arguments_that_make_no_sense(pictures, arguments, message):
+    with pytest.raises(InputError, match=message):
+        stylize(**(SMALL | {"arch": "vgg16", "content": pictures[0], "styles": pictures[1:]} | arguments))
+
+
+def test_more_pixels_than_memory_holds(pictures, monkeypatch):
+    monkeypatch.setattr(gatys, "free_memory", lambda device: 10_000_000)
+    with pytest.raises(InputError, match=r"memory.*--image-size \d+"):
+        record(torch.rand(1, 3, 400, 400), pictures[1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_gives_the_cpus_picture(pictures):
+    expected, _ = record(*[pictures[0], pictures[1:]], init="noise")
+    device = common.pick_device("cuda")
+    result, _ = record(pictures[0].to(device), [pictures[1].to(device)], init="noise")
+    assert result.device.type == "cuda"
+    assert (result.cpu() - expected).abs().mean() < 0.02
