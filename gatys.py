@@ -155,10 +155,10 @@ def optimize(
     z = (x / unit).contiguous().requires_grad_(True)
     if optimizer == "lbfgs":
         method = torch.optim.LBFGS(
-            [z], lr or 1.0, max_iter=lbfgs_iters, history_size=20, tolerance_grad=0, tolerance_change=0
+            [z], 1.0 if lr is None else lr, max_iter=lbfgs_iters, history_size=20, tolerance_grad=0, tolerance_change=0
         )
     else:
-        method = torch.optim.Adam([z], (lr or 0.02) / unit)
+        method = torch.optim.Adam([z], (0.02 if lr is None else lr) / unit)
     losses: dict[str, Tensor] = {}
 
     def closure() -> Tensor:
@@ -241,12 +241,12 @@ def stylize(
         raise InputError("nothing to do: --content-weight or --style-weight must be positive")
     if not styles and (style_weight > 0 or init == "style"):
         raise InputError("a style image is needed, unless --style-weight is 0 and --init is not style")
-    blend = style_blend or [1.0] * len(styles)
-    if len(blend) != len(styles) or (styles and sum(blend) <= 0):
+    shares = style_blend or [1.0] * len(styles)
+    if len(shares) != len(styles) or (styles and sum(shares) <= 0):
         raise InputError(f"--style-blend needs {len(styles)} shares, one for each style image, not all 0")
+    blend = [share / sum(shares) for share in shares]
     content_layers = content_layers if content_weight > 0 else []
     style_layers = style_layers if style_weight > 0 else []
-    styles = styles if style_weight > 0 or init == "style" else []
 
     longer = max(content.shape[-2:])
     largest = int(longer * math.sqrt(free_memory(content.device) / (BYTES_PER_PIXEL * content[0, 0].numel())))
@@ -268,20 +268,18 @@ def stylize(
     x = content
     for factor in factors:
         photo = resize(content, factor)
-        paintings = [resize(style, factor) for style in styles]
+        paintings = [resize(style, factor) for style in styles] if style_layers else []
         if step == 0:
-            rescale(vgg, [photo] * bool(content_layers) + paintings * bool(style_layers))
-            x = start(init, photo, paintings, seed)
+            rescale(vgg, ([photo] if content_layers else []) + paintings)
+            x = start(init, photo, styles, seed)
         else:
             x = nnf.interpolate(x, photo.shape[-2:], mode="bicubic").clamp(0, 1)
 
         with torch.no_grad():
-            P = {layer: F for layer, F in features(photo).items() if layer in content_layers}
+            P = {layer: F for layer, F in features(photo).items() if layer in content_layers} if content_layers else {}
+            grams = [{layer: gram_matrix(F[layer]) for layer in style_layers} for F in map(features, paintings)]
             # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
-            A = dict.fromkeys(style_layers, torch.zeros((), device=x.device))
-            for share, painting in zip(blend, paintings, strict=True):
-                F = features(painting)
-                A = {layer: A[layer] + share / sum(blend) * gram_matrix(F[layer]) for layer in style_layers}
+            A = {layer: sum(b * G[layer] for b, G in zip(blend, grams, strict=True)) for layer in style_layers}
 
         for picture, losses in optimize(x, partial(objective, P=P, A=A), num_steps, lbfgs_iters, optimizer, lr):
             step, work, x = step + 1, work + factor**2, picture
@@ -306,16 +304,16 @@ def resize(image: Tensor, factor: float) -> Tensor:
     return image if factor == 1 else nnf.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def start(init: str, photo: Tensor, paintings: Sequence[Tensor], seed: int) -> Tensor:
-    """The picture to start from, as large as the photo (1, 3, H, W): the photo, white noise, or the first painting."""
+def start(init: str, photo: Tensor, styles: Sequence[Tensor], seed: int) -> Tensor:
+    """The picture to start from, as large as the photo (1, 3, H, W): the photo, white noise, or the first style."""
     if init == "content":
         return photo
     if init == "noise":  # drawn on the CPU, so that every device starts from the same
         return torch.rand(photo.shape, generator=torch.Generator().manual_seed(seed)).to(photo)
     h, w = photo.shape[-2:]
-    cover = max(h / paintings[0].shape[-2], w / paintings[0].shape[-1])
-    size = [math.ceil(side * cover) for side in paintings[0].shape[-2:]]
-    return center_crop(nnf.interpolate(paintings[0], size, mode="bicubic", antialias=True).clamp(0, 1), [h, w])
+    cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
+    size = [math.ceil(side * cover) for side in styles[0].shape[-2:]]
+    return center_crop(nnf.interpolate(styles[0], size, mode="bicubic", antialias=True).clamp(0, 1), [h, w])
 
 
 # --- Command line ------------------------------------------------------------------------------------------
@@ -386,6 +384,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     history: list[Progress] = []  # without the pictures, but for the last one
     frames: list[Tensor] = []
     stem = args.output.with_suffix("")
+    if args.save_all:
+        for old in Path(f"{stem}_frames").glob("[0-9][0-9][0-9][0-9].png"):
+            old.unlink()  # of an earlier run, which may have had more steps
     bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", smoothing=0)
 
     def report(progress: Progress) -> None:

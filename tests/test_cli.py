@@ -1,0 +1,222 @@
+"""The command lines, as a user types them: results, mistakes, interruption."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import gatys
+
+ROOT = Path(__file__).parent.parent
+CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
+TINY = ["--image-size", "48", "--num-steps", "2", "--lbfgs-iters", "1", "--vgg-weights", "random", "--device", "cpu"]
+
+
+def gatys_main(*arguments):
+    """Run gatys.py on small pictures with random weights; `arguments` come last, so that they prevail."""
+    gatys.main([*TINY, *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def files(folder="."):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+# --- Results ---
+
+
+def test_the_default_output_is_named_after_the_inputs(capsys):
+    gatys_main(CONTENT, STYLE)
+    assert files() == ["content_style.png"]
+    with Image.open("content_style.png") as picture:
+        assert picture.size == (48, 32)
+        assert picture.text["command"].startswith("python gatys.py --image-size 48")
+        assert picture.text["seed"] == "0"
+        assert torch.__version__ in picture.text["versions"]
+        assert picture.text["losses"].startswith("total ")
+    output = capsys.readouterr()
+    assert output.out == "content_style.png\n"
+    assert "computing on cpu in" in output.err
+
+
+def test_everything_that_can_be_saved(capsys):
+    gatys_main(CONTENT, STYLE, "-o", "new/a.jpg", "--save-gif", "--save-all", "--save-losses", "--scales", "2")
+    frames = [f"a_frames/{step:04d}.png" for step in (1, 2, 3, 4)]
+    assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", *frames])
+    with Image.open("new/a.gif") as animation:
+        assert (animation.n_frames, animation.size) == (4, (48, 32))
+    with Image.open("new/a_frames/0001.png") as frame:
+        assert frame.size == (24, 16)
+    with Path("new/a_losses.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", "total", "content", "style", "variation"]
+    assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4"]
+    assert float(rows[4][1]) == pytest.approx(float(rows[4][2]) + 30 * float(rows[4][3]), rel=1e-4)
+
+
+def test_a_second_run_gives_the_same_bytes_and_leaves_no_old_frames():
+    gatys_main(CONTENT, STYLE, "--save-all", "--init", "noise", "--scales", "2")
+    first = Path("content_style.png").read_bytes()
+    gatys_main(CONTENT, STYLE, "--save-all", "--init", "noise", "--scales", "2")
+    assert Path("content_style.png").read_bytes() == first
+    gatys_main(CONTENT, STYLE, "--save-all", "--init", "noise")
+    assert files("content_style_frames") == ["0001.png", "0002.png"]
+
+
+def test_a_picture_made_here_can_be_the_next_content():
+    gatys_main(CONTENT, STYLE)
+    gatys_main("content_style.png", STYLE)
+    assert files() == ["content_style.png", "content_style_style.png"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--center-crop"],
+        ["--style-scale", "2.5"],
+        ["--content-weight", "0", "--init", "noise"],
+        ["--style-weight", "0", "--init", "style"],
+        ["--style-weight", "0", "--init", "noise"],
+        ["--tv-weight", "3"],
+        ["--style-layers", "relu3_4"],
+        ["--optimizer", "adam", "--lr", "0.1"],
+        ["--init", "style"],
+        ["--pooling", "max"],
+        ["--vgg", "vgg16"],
+        ["--precision", "bfloat16"],
+        ["--scales", "auto"],
+    ],
+)
+def test_every_option_changes_the_picture(options):
+    gatys_main(CONTENT, STYLE, "-o", "default.png", "--precision", "float32")
+    gatys_main(CONTENT, STYLE, "-o", "other.png", "--precision", "float32", *options)
+    with Image.open("default.png") as default, Image.open("other.png") as other:
+        assert (default.tobytes() != other.tobytes()) == (options != ["--scales", "auto"])
+        assert other.size == ((48, 48) if "--center-crop" in options else (48, 32))
+
+
+def test_several_styles():
+    gatys_main(CONTENT, STYLE, ROOT / "examples" / "portrait.jpg", "--style-blend", "3", "1")
+    assert files() == ["content_style_portrait.png"]
+
+
+@pytest.mark.parametrize("size", [(37, 53), (160, 40)])
+def test_odd_sizes(size):
+    Image.new("RGB", size, "teal").save("odd.png")
+    gatys_main("odd.png", STYLE, "--image-size", max(size), "--content-layers", "relu4_2")
+    with Image.open("odd_style.png") as picture:
+        assert picture.size == size
+
+
+# --- Mistakes ---
+
+
+MISTAKES = [
+    (["missing.jpg", STYLE], "missing.jpg"),
+    ([CONTENT, "missing.jpg"], "missing.jpg"),
+    ([CONTENT], "style image"),
+    ([], "content"),
+    (["text.jpg", STYLE], "text.jpg"),
+    (["empty.png", STYLE], "empty.png"),
+    (["truncated.jpg", STYLE], "truncated.jpg"),
+    ([ROOT, STYLE], "folder"),
+    ([CONTENT, STYLE, "-o", "folder.png"], "folder.png"),
+    ([CONTENT, STYLE, "-o", "text.jpg/a.png"], "text.jpg"),
+    ([CONTENT, STYLE, "-o", "/proc/a.png"], "/proc/a.png"),
+    ([CONTENT, STYLE, "-o", "a.xyz"], ".png"),
+    ([CONTENT, STYLE, "-o", "a"], ".png"),
+    ([CONTENT, "style.png", "-o", "./style.png"], "input"),
+    ([CONTENT, STYLE, "--style-layers", "relu1_1", "conv1_1"], "conv1_1"),
+    ([CONTENT, STYLE, "--vgg", "vgg16", "--content-layers", "relu5_4"], "relu5_4"),
+    ([CONTENT, STYLE, "--image-size", "0"], "--image-size"),
+    ([CONTENT, STYLE, "--image-size", "big"], "--image-size"),
+    ([CONTENT, STYLE, "--image-size", "12"], "too small"),
+    ([CONTENT, STYLE, "--scales", "9"], "too small"),
+    ([CONTENT, STYLE, "--style-weight", "nan"], "--style-weight"),
+    ([CONTENT, STYLE, "--content-weight", "inf"], "--content-weight"),
+    ([CONTENT, STYLE, "--tv-weight", "-1"], "--tv-weight"),
+    ([CONTENT, STYLE, "--lr", "-1"], "--lr"),
+    ([CONTENT, STYLE, "--num-steps", "0"], "--num-steps"),
+    ([CONTENT, STYLE, "--content-weight", "0", "--style-weight", "0"], "must be positive"),
+    ([CONTENT, STYLE, "--style-blend", "1", "2"], "--style-blend"),
+    ([CONTENT, STYLE, "--vgg-weights", "text.jpg"], "text.jpg"),
+    ([CONTENT, STYLE, "--vgg", "alexnet"], "--vgg"),
+    ([CONTENT, STYLE, "--device", "gpu"], "gpu"),
+    ([CONTENT, STYLE, "--colour"], "--colour"),
+    ([CONTENT, STYLE, "--lr", "1e12", "--optimizer", "adam", "--num-steps", "9"], "--lr"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "word"), MISTAKES, ids=lambda value: None if isinstance(value, list) else value)
+def test_a_mistake_is_told_in_one_line(arguments, word, capsys):
+    Path("folder.png").mkdir()
+    Path("text.jpg").write_text("not a picture")
+    Path("empty.png").touch()
+    Path("truncated.jpg").write_bytes(CONTENT.read_bytes()[:5000])
+    Image.new("RGB", (48, 48), "teal").save("style.png")
+    with pytest.raises(SystemExit) as exit_:
+        gatys_main(*arguments)
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert word in errors[0]
+    assert errors == lines[-1:]
+
+
+# --- Interruption ---
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals work differently there")
+def test_ctrl_c_saves_the_picture():
+    command = [sys.executable, str(ROOT / "gatys.py"), str(CONTENT), str(STYLE), *TINY, "--num-steps", "100000"]
+    process = subprocess.Popen([*command, "--save-all", "--save-losses"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not Path("content_style_frames", "0002.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("interrupted: the picture after step ")
+    with Image.open("content_style.png") as picture:
+        assert picture.size == (48, 32)
+        assert " of 100000" in picture.text["steps"]
+    assert Path("content_style_losses.csv").exists()
+
+
+def test_an_infinite_loss_keeps_the_last_good_picture(monkeypatch, capsys):
+    total_loss, calls = gatys.total_loss, []
+
+    def explode(*arguments):
+        calls.append(0)
+        losses = total_loss(*arguments)
+        return losses | {"total": losses["total"] * (float("nan") if len(calls) > 3 else 1)}
+
+    monkeypatch.setattr(gatys, "total_loss", explode)
+    with pytest.raises(SystemExit) as exit_:
+        gatys.main([str(CONTENT), str(STYLE), *TINY, "--num-steps", "9"])
+    assert exit_.value.code == 2
+    assert "step 3 of 9 is in content_style.png" in capsys.readouterr().err
+    assert Path("content_style.png").exists()
+
+
+def test_out_of_memory_names_a_size(monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gatys, "total_loss", full)
+    with pytest.raises(SystemExit) as exit_:
+        gatys_main(CONTENT, STYLE)
+    assert exit_.value.code == 2
+    assert "error: out of memory: about --image-size 34" in capsys.readouterr().err
