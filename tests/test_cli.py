@@ -1,6 +1,10 @@
 """The command lines, as a user types them: results, mistakes, interruption."""
 
 import csv
+import inspect
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,3 +224,40 @@ def test_out_of_memory_names_a_size(monkeypatch, capsys):
         gatys_main(CONTENT, STYLE)
     assert exit_.value.code == 2
     assert "error: out of memory: about --image-size 34" in capsys.readouterr().err
+
+
+# --- README ---
+
+
+def readme_commands(script):
+    """The arguments of all its `python SCRIPT …` lines, but for those with a shell variable."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith(f"python {script} ")]
+    return [shlex.split(line, comments=True)[2:] for line in lines if "$" not in line]
+
+
+def test_the_readmes_gatys_commands_work(monkeypatch):
+    commands = readme_commands("gatys.py")
+    assert len(commands) >= 6
+    shutil.copytree(ROOT / "examples", "examples")
+    for arguments in commands:
+        gatys.main([*arguments, *TINY])
+
+
+def test_the_readme_documents_every_flag_and_its_default():
+    readme = (ROOT / "README.md").read_text()
+    for flag in re.findall(r'add\((?:"-o", )?"(--[a-z-]+)"', (ROOT / "gatys.py").read_text()):
+        assert f"`{flag}`" in readme or flag == "--output"
+    args = gatys.parse_args(["content.jpg"])
+    row = next(line for line in readme.splitlines() if line.startswith("| `--content-weight`"))
+    assert f"| {args.content_weight:g}, {args.style_weight:g} |" in row
+    row = next(line for line in readme.splitlines() if line.startswith("| `--num-steps`"))
+    assert f"| {args.num_steps}, {args.lbfgs_iters} |" in row
+
+
+def test_the_command_line_and_stylize_have_the_same_defaults():
+    args = vars(gatys.parse_args(["content.jpg"]))
+    for name, parameter in inspect.signature(gatys.stylize).parameters.items():
+        if name in args and name not in ("content", "styles", "precision"):
+            assert args[name] == parameter.default, name
+    assert args["vgg"] == inspect.signature(gatys.stylize).parameters["arch"].default
