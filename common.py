@@ -87,15 +87,21 @@ class VGG(nn.Module):
         # In channels-last order convolutions are faster, most of all in bfloat16.
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map images (B, 3, H, W) in [0, 1] to {name: feature map (B, C, H/2ᵏ, W/2ᵏ)}, in the order asked for."""
-        maps = {}
+    def forward(self, x: Tensor, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Map images (B, 3, H, W) in [0, 1] to {name: feature map (B, C, H/2ᵏ, W/2ᵏ)}, in the order asked for.
+
+        `layers` are some of those that the network was made for, or all of them; no layer past their deepest is run.
+        """
+        layers = self.layers if layers is None else layers
+        maps: dict[str, Tensor] = {}
         x = self.normalize(x)
         for i, layer in enumerate(self.features):
+            if len(maps) == len(set(layers)):
+                break
             x = layer(x)
-            if i in self.names:
+            if self.names.get(i) in layers:
                 maps[self.names[i]] = x  # safe from torchvision's in-place ReLUs: none follows another ReLU directly
-        return {name: maps[name] for name in self.layers}
+        return {name: maps[name] for name in layers}
 
     def normalize(self, x: Tensor) -> Tensor:
         """Turn images in [0, 1] into the network's input; InputError if they are too small for its deepest layer."""

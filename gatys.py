@@ -262,12 +262,12 @@ def stylize(
     vgg = VGG([*content_layers, *style_layers], arch, weights, pooling).to(content.device)
     step, work, total_work = 0, 0.0, num_steps * sum(f**2 for f in factors)
 
-    def features(image: Tensor) -> dict[str, Tensor]:
+    def features(image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            return vgg(image)
+            return vgg(image, layers)
 
     def objective(x: Tensor, P: dict[str, Tensor], A: dict[str, Tensor]) -> dict[str, Tensor]:
-        return total_loss(x, features(x), P, A, content_weight, style_weight, tv_weight)
+        return total_loss(x, features(x, [*P, *A]), P, A, content_weight, style_weight, tv_weight)
 
     x = content
     for factor in factors:
@@ -281,8 +281,8 @@ def stylize(
             x = nnf.pad(nnf.interpolate(x, size, mode="bicubic").clamp(0, 1), [MARGIN] * 4, mode="replicate")
 
         with torch.no_grad():
-            P = {layer: F for layer, F in features(photo).items() if layer in content_layers} if content_layers else {}
-            grams = [{layer: gram_matrix(F[layer]) for layer in style_layers} for F in map(features, paintings)]
+            P = features(photo, content_layers)
+            grams = [{layer: gram_matrix(F) for layer, F in features(s, style_layers).items()} for s in paintings]
             # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
             A = {layer: sum(b * G[layer] for b, G in zip(blend, grams, strict=True)) for layer in style_layers}
 

@@ -55,8 +55,13 @@ def test_layers_past_the_deepest_are_never_run(monkeypatch):
     calls = []
     convolve = torch.nn.Conv2d.forward
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: calls.append(self) or convolve(self, x))
-    VGG(["relu1_1", "relu3_2"], "vgg16", "random")(torch.rand(1, 3, 16, 16))
+    vgg, x = VGG(["relu1_1", "relu3_2"], "vgg16", "random"), torch.rand(1, 3, 16, 16)
+    assert list(vgg(x)) == ["relu1_1", "relu3_2"]
     assert len(calls) == 2 + 2 + 2
+    calls.clear()
+    assert list(vgg(x, ["relu1_1"])) == ["relu1_1"]
+    assert len(calls) == 1
+    assert vgg(x, []) == {}
 
 
 def test_vgg_is_frozen_and_average_pooling_averages():

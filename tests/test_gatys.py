@@ -205,13 +205,13 @@ def test_scales_go_from_coarse_to_fine(pictures):
 def test_zero_weights_skip_what_they_make_needless(pictures, monkeypatch):
     deepest = []
     forward = VGG.forward
-    monkeypatch.setattr(VGG, "forward", lambda self, x: deepest.append(self.layers) or forward(self, x))
+    monkeypatch.setattr(VGG, "forward", lambda self, x, layers: deepest.append(layers) or forward(self, x, layers))
     _, history = record(pictures[0], pictures[1:], content_weight=0.0, init="noise")
-    assert set(map(tuple, deepest)) == {("relu1_1", "relu2_1")}
+    assert set(map(tuple, deepest)) - {()} == {("relu1_1", "relu2_1")}
     assert history[-1].losses["content"] == 0
     deepest.clear()
     _, history = record(pictures[0], content_weight=1.0, style_weight=0.0, init="noise")
-    assert set(map(tuple, deepest)) == {("relu2_2",)}
+    assert set(map(tuple, deepest)) - {()} == {("relu2_2",)}
     assert history[-1].losses["style"] == 0
 
 
