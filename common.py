@@ -1,4 +1,4 @@
-"""What the three scripts share: VGG features, the Gram matrix, image files, device and precision.
+"""What the scripts share: VGG features, the Gram matrix, image files, device and precision.
 
 Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a network; networks normalise inside.
 """
@@ -12,11 +12,12 @@ import math
 import os
 import platform
 import shlex
+import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +39,7 @@ class InputError(ValueError):
 # What torchvision's networks expect: RGB in [0, 1], less ImageNet's mean, over its standard deviation.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-NETWORK_TIMEOUT = 10.0  # seconds without an answer, after which a download is given up
+NETWORK_TIMEOUT = 5.0  # seconds without an answer, after which a download is given up
 
 
 class VGG(nn.Module):
@@ -78,6 +79,8 @@ class VGG(nn.Module):
             missing = ["shape"]
         if missing:
             raise InputError(f"{weights} does not hold the weights of {self.arch}: check --vgg and --vgg-weights")
+        if pooling not in ("max", "avg"):
+            raise InputError(f"unknown pooling {pooling}: choose max or avg")
         if pooling == "avg":
             for i, layer in enumerate(self.features):
                 if isinstance(layer, nn.MaxPool2d):
@@ -108,7 +111,10 @@ class VGG(nn.Module):
         least = 2 ** sum(isinstance(layer, nn.MaxPool2d | nn.AvgPool2d) for layer in self.features)
         height, width = x.shape[-2:]
         if min(height, width) < least:
-            raise InputError(f"{width}×{height} px is too small: {self.names[max(self.names)]} needs {least} px a side")
+            raise InputError(
+                f"{width}×{height} px is too small: {self.names[max(self.names)]} needs {least} px a side: "
+                "choose a larger --image-size or --style-scale, or fewer --scales"
+            )
         return (x - self.mean) / self.std
 
 
@@ -145,8 +151,8 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
     try:
         state = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
         return wanted, _features_only(state)
-    except (OSError, RuntimeError) as error:  # no network, disk full; a damaged download
-        reason = str(getattr(error, "reason", error)).splitlines()[0]
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a bad proxy; a damaged download
+        reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
     finally:
         socket.setdefaulttimeout(patience)
     if arch == "auto" and packaged:
@@ -244,15 +250,15 @@ def load_image(path: str | Path, size: int | None = None, center_crop: bool = Fa
         InputError: the file is missing, no image, or damaged.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"no such file: {path}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name an image file")
+    if not path.is_file():
+        raise InputError(f"{path} is a folder: name an image file" if path.is_dir() else f"no such file: {path}")
     try:
         with Image.open(path) as file:
             if size:
                 file.draft(None, (size, size))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
-            image = _to_srgb(ImageOps.exif_transpose(file))
+            with suppress(Exception):  # broken EXIF data do no harm to the pixels
+                ImageOps.exif_transpose(file, in_place=True)
+            image = _to_srgb(file)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise InputError(f"cannot read {path} as an image ({type(error).__name__}): is it one, and whole?") from error
     if center_crop:
@@ -265,8 +271,9 @@ def load_image(path: str | Path, size: int | None = None, center_crop: bool = Fa
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("L") would clip, not scale
-        image = image.convert("I").point(lambda v: v * (255 / 65535) + 0.5).convert("L")
+    if image.mode[0] in "IF":  # grey of 16 bits, or of floats: convert("L") would clip, not scale
+        white = 65535 if ";16" in image.mode else next(w for w in (1, 255, 65535, 2**32) if image.getextrema()[1] <= w)
+        image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -287,6 +294,8 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None 
     `metadata` is stored in the file: as PNG text, or as EXIF image description.
     """
     path, metadata = Path(path), metadata or {}
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
     options = dict(FORMATS[path.suffix.lower()])
     if path.suffix.lower() == ".png":
         options["pnginfo"] = info = PngInfo()
@@ -294,7 +303,8 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None 
             info.add_text(key, value)
     else:
         options["exif"] = exif = Image.Exif()
-        exif[0x010E] = "; ".join(f"{key}: {value}" for key, value in metadata.items())  # ImageDescription
+        description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
+        exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
     with replacing(path) as temporary:
         _to_pil(image).save(temporary, **options)
 
@@ -317,25 +327,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, made if missing; rename it to `path` once the block is done."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     try:
         yield temporary
-        temporary.replace(path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-
-
-def check_output(path: str | Path) -> None:
-    """Raise InputError now, not after the work, if no image can be written to `path`."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
+        raise
     try:
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot replace {path} ({error.strerror}): the result is in {temporary}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{os.getpid()}-{path.name}")
+
+
+def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
+    """Raise InputError now, not after the work, if `path` cannot be written, or its suffix is none of `suffixes`."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(suffixes)}")
+    try:
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent, prefix=path.name):
-            pass
+        temporary = _temporary(path)
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
@@ -348,6 +366,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -386,24 +406,51 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an InputError into one line `error: …` on stderr and exit status 2."""
+    """Turn a failure into one line `error: …` on stderr and exit status 2, and Ctrl-C into exit status 130."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, io.StringIO())
+        else:
+            stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
     try:
         yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (InputError, OSError) as error:  # OSError: the disk is full, a file vanished, …
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        message = "out of memory: choose a smaller --image-size"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def number(kind: type = float, least: float = 0.0) -> Callable[[str], float]:
-    """An argparse type: a finite int or float no smaller than `least`."""
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Pass over Ctrl-C in the block, which is short and must be done whole."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite int or float from `least` to `most`."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} ≥ {least:g}")
+        if not least <= value <= most or value == math.inf:
+            bounds = f"≥ {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bounds}")
         return value
 
     return parse
@@ -412,4 +459,5 @@ def number(kind: type = float, least: float = 0.0) -> Callable[[str], float]:
 def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
     """What `save_image` stores in a picture: the command that made it, the versions, and `more`."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}"
-    return {"command": shlex.join(argv), "versions": versions} | {key: str(value) for key, value in more.items()}
+    command = shlex.join(argv).encode("utf-8", "backslashreplace").decode()  # a file name need not be valid Unicode
+    return {"command": command, "versions": versions} | {key: str(value) for key, value in more.items()}

@@ -16,6 +16,7 @@ Where this departs from the paper:
   mean the same at every size (the authors' own notebook does likewise).
 - The network is rescaled by one factor a layer, not one a filter, over the two pictures at hand, not ImageNet: over
   two pictures some filters stay silent, and no factor brings their mean activation to 1.
+- The painting keeps its aspect ratio, and its size relative to the photo is a parameter.
 - A margin of 8 px is painted around the picture and cut off in the end: the network pads with zeros, and that shows as
   a frame.
 - The optimisation starts from the content photo (`--init noise` is the paper's) and goes from coarse to fine
@@ -28,6 +29,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -41,6 +43,7 @@ from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 from common import (
+    FORMATS,
     VGG,
     ArgumentParser,
     InputError,
@@ -55,12 +58,14 @@ from common import (
     replacing,
     save_gif,
     save_image,
+    uninterrupted,
 )
 
 CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 MARGIN = 8  # px around the picture, cut off in the end: there the zero padding of the network paints a frame
-BYTES_PER_PIXEL = 3000  # of memory that the default layers take, in bfloat16 on a CPU (measured)
+MOST_PIXELS = 16383  # of the longer side: what WebP holds
+BYTES_PER_PIXEL = {torch.bfloat16: 3000, torch.float32: 4000}  # that the default layers take on a CPU (measured)
 
 
 # --- Network -----------------------------------------------------------------------------------------------
@@ -72,7 +77,7 @@ def rescale(vgg: VGG, images: Sequence[Tensor]) -> None:
 
     Why it stays the same network: ReLU and pooling are positively homogeneous, f(s·x) = s·f(x) for s > 0, so that
     dividing a layer's weights and bias by m > 0 divides its activations by m, and multiplying the next layer's
-    weights by m undoes that. Every feature map keeps its shape and gets a new unit, its mean.
+    weights by m undoes that. Every layer computes what it did, in units of its mean.
     """
     activations = [vgg.normalize(image) for image in images]
     previous = torch.ones((), device=vgg.mean.device)
@@ -95,7 +100,7 @@ def content_loss(f: Tensor, p: Tensor) -> Tensor:
 
 
 def style_loss(g: Tensor, a: Tensor) -> Tensor:
-    """E_l, the squared distance of the Gram matrices G of the picture and A of the painting, each (1, N, N)."""
+    """E_l, from the Gram matrices G of the picture and A of the painting, each (1, N, N), and over its own M."""
     # Gatys Eq. 4:  E_l = 1/(4 N² M²) Σ_ij (G_ij − A_ij)²   (gram_matrix() has already divided by N·M)
     return 0.25 * (g - a).square().sum()
 
@@ -114,19 +119,22 @@ def total_loss(
     style_weight: float,
     tv_weight: float = 0.0,
 ) -> dict[str, Tensor]:
-    """The terms `content`, `style`, `variation` of the loss of the picture x, and their weighted sum `total`.
+    """The loss of the picture x, `total`, and its terms before weighting: `content`, `style`, `variation`.
 
     F maps layers to the feature maps of x; P has those of the photo at the content layers; A has the Gram matrices of
-    the painting at the style layers.
+    the painting at the style layers. A term without layers, or without weight, is left out.
     """
-    zero = x.new_zeros(())
-    L_content = sum((content_loss(F[layer], P[layer]) for layer in P), zero) / max(1, len(P))
-    # Gatys Eq. 5:  L_style = Σ_l w_l E_l   with w_l = 1 / number of layers
-    L_style = sum((style_loss(gram_matrix(F[layer]), A[layer]) for layer in A), zero) / max(1, len(A))
-    # Gatys Eq. 7:  L_total = α L_content + β L_style   (and the variation, unless its weight is 0)
-    L_tv = total_variation(x) if tv_weight else zero
-    total = content_weight * L_content + style_weight * L_style + tv_weight * L_tv
-    return {"total": total, "content": L_content, "style": L_style, "variation": L_tv}
+    losses, weights = {}, {"content": content_weight, "style": style_weight, "variation": tv_weight}
+    if P:
+        losses["content"] = torch.stack([content_loss(F[layer], P[layer]) for layer in P]).mean()
+    if A:
+        # Gatys Eq. 5:  L_style = Σ_l w_l E_l   with w_l = 1 / number of layers
+        losses["style"] = torch.stack([style_loss(gram_matrix(F[layer]), A[layer]) for layer in A]).mean()
+    if tv_weight:
+        losses["variation"] = total_variation(x)
+    # Gatys Eq. 7:  L_total = α L_content + β L_style   (and here the total variation)
+    total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+    return {"total": total, **losses}
 
 
 # --- Optimisation ------------------------------------------------------------------------------------------
@@ -134,6 +142,10 @@ def total_loss(
 
 class Diverged(InputError):
     """The loss is no longer a finite number."""
+
+
+class OutOfMemory(InputError):
+    """The picture has too many pixels."""
 
 
 def optimize(
@@ -146,15 +158,15 @@ def optimize(
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
     """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls; yield the picture after every step.
 
-    A step is `lbfgs_iters` iterations of L-BFGS or Adam, each one evaluation of the objective and its gradient. With
-    the picture come the values of the objective at the step's last evaluation.
+    A step is `lbfgs_iters` iterations of L-BFGS or Adam, each one evaluation of the objective and its gradient. What
+    is yielded is the picture that was evaluated last, with all values of its objective.
 
     Raises:
-        Diverged: the picture or its loss is no longer finite.
+        Diverged: the loss is no longer finite.
     """
-    # torch's L-BFGS has absolute thresholds: its first move is at most 1 (the sum of all changes), and it skips
-    # curvature below 1e-10. In a unit of 1000 white levels, with a large loss, neither depends on size or weights.
-    unit, gain = 1e3, 1e6
+    # torch's L-BFGS has absolute thresholds. All changes of its first move sum to 1 at most: in this unit that is 1/100
+    # of white a value, at every size. And it passes over curvatures below 1e-10: the gain lets every loss start large.
+    unit, gain = x.numel() / 100, None
     z = (x / unit).contiguous().requires_grad_(True)
     method: torch.optim.Optimizer
     if optimizer == "lbfgs":
@@ -166,20 +178,21 @@ def optimize(
     losses: dict[str, Tensor] = {}
 
     def closure() -> Tensor:
-        nonlocal losses
+        nonlocal x, losses, gain
         method.zero_grad()
-        losses = objective(unit * z)  # no clamp: it would cut off the gradient of all pixels beyond [0, 1]
+        x = unit * z  # not clamped: that would cut off the gradient of all pixels beyond [0, 1]
+        losses = objective(x)
+        gain = 1e6 / losses["total"].detach().clamp_min(1e-6) if gain is None else gain
         (gain * losses["total"]).backward()
         return gain * losses["total"].detach()
 
     for step in range(1, num_steps + 1):
         for _ in range(1 if optimizer == "lbfgs" else lbfgs_iters):
             method.step(closure)
-        x = unit * z.detach()
-        values = torch.stack([*losses.values(), x.mean()]).tolist()  # one transfer a step: each one stalls a GPU
+        values = torch.stack(list(losses.values())).tolist()  # read once a step: that makes a GPU wait
         if not all(map(math.isfinite, values)):
-            raise Diverged(f"the loss became infinite in step {step}: try a smaller --lr, or smaller weights")
-        yield x, dict(zip(losses, values, strict=False))
+            raise Diverged(f"the loss is no longer finite in step {step}: try a smaller --lr, or smaller weights")
+        yield x.detach(), dict(zip(losses, values, strict=True))
 
 
 # --- Style transfer ----------------------------------------------------------------------------------------
@@ -221,7 +234,7 @@ def stylize(
     """Paint `content` in the style of `styles`.
 
     Args:
-        content: (1, 3, H, W) in [0, 1]. The result has its size and device; with weight 0 nothing else of it counts.
+        content: (1, 3, H, W) in [0, 1]. The result has its size and device.
         styles: each (1, 3, h, w) in [0, 1], of any size: brush strokes come out as large in px as they are there.
         content_weight, style_weight, tv_weight: α and β of Eq. 7, and the weight of the total variation.
         content_layers, style_layers: names such as `relu4_2`.
@@ -238,9 +251,16 @@ def stylize(
         (1, 3, H, W) in [0, 1].
 
     Raises:
-        InputError: arguments that contradict each other, or more pixels than fit into memory.
-        Diverged: the loss is no longer finite; the last picture that `callback` was given is good.
+        InputError: arguments that contradict each other.
+        OutOfMemory: more pixels than fit into memory.
+        Diverged: the loss is no longer finite. The pictures that `callback` was given are.
     """
+    if any(image.ndim != 4 or image.shape[:2] != (1, 3) for image in [content, *styles]):
+        raise InputError("images must be of shape (1, 3, H, W)")
+    if optimizer not in ("lbfgs", "adam") or init not in ("content", "style", "noise"):
+        raise InputError(f"unknown optimizer {optimizer} or init {init}")
+    if min(num_steps, lbfgs_iters, 1 if scales is None else scales) < 1:
+        raise InputError("the numbers of steps, iterations and scales must be positive")
     if content_weight <= 0 and style_weight <= 0:
         raise InputError("nothing to do: --content-weight or --style-weight must be positive")
     if not styles and (style_weight > 0 or init == "style"):
@@ -252,10 +272,13 @@ def stylize(
     content_layers = content_layers if content_weight > 0 else []
     style_layers = style_layers if style_weight > 0 else []
 
+    content, styles = content.detach().float(), [style.detach().float() for style in styles]
     longer = max(content.shape[-2:])
-    largest = int(longer * math.sqrt(free_memory(content.device) / (BYTES_PER_PIXEL * content[0, 0].numel())))
+    pixels = max([content[0, 0].numel(), *(style[0, 0].numel() / 4 for style in styles)])  # styles need no gradient
+    needed = pixels * BYTES_PER_PIXEL[precision]
+    largest = int(longer * math.sqrt(free_memory(content.device) / needed))
     if largest < longer:
-        raise InputError(f"not enough memory for {longer} px: about --image-size {largest} is likely to fit")
+        raise OutOfMemory(f"not enough memory for {longer} px: about --image-size {largest} is likely to fit")
     if scales is None:
         scales = 1 + max(0, math.floor(math.log2(longer / 192)))
     factors = [0.5**k for k in reversed(range(scales))]  # …, ¼, ½, 1
@@ -286,27 +309,33 @@ def stylize(
             # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
             A = {layer: sum(b * G[layer] for b, G in zip(blend, grams, strict=True)) for layer in style_layers}
 
-        for picture, losses in optimize(x, partial(objective, P=P, A=A), num_steps, lbfgs_iters, optimizer, lr):
-            step, work, x = step + 1, work + factor**2, picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
-            callback(Progress(step, num_steps * scales, work / total_work, x, losses))
+        try:
+            for picture, losses in optimize(x, partial(objective, P=P, A=A), num_steps, lbfgs_iters, optimizer, lr):
+                step, work, x = step + 1, work + factor**2, picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
+                callback(Progress(step, num_steps * scales, work / total_work, x, losses))
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain one on the CPU
+            if "out of memory" not in str(error) and "allocate memory" not in str(error):
+                raise
+            size = int(0.7 * longer)  # half the pixels
+            raise OutOfMemory(f"out of memory at {longer} px: about --image-size {size} is likely to fit") from error
     return x
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had on `device`; infinity where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
+    """Bytes that can still be had; infinity where that is not known, or where torch itself tells when they run out."""
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
         return math.inf
+    return 1024 * next(float(line.split()[1]) for line in meminfo.open() if line.startswith("MemAvailable:"))
 
 
 def resize(image: Tensor, factor: float) -> Tensor:
     """Scale (1, 3, H, W) down by `factor` ≤ 1, smoothly."""
     size = [max(1, round(side * factor)) for side in image.shape[-2:]]
-    return image if factor == 1 else nnf.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
+    if factor == 1:
+        return image
+    smooth = nnf.interpolate(image.cpu(), size, mode="bicubic", antialias=True)  # on the CPU, as not every device can
+    return smooth.clamp(0, 1).to(image.device)
 
 
 def start(init: str, photo: Tensor, styles: Sequence[Tensor], seed: int) -> Tensor:
@@ -318,7 +347,8 @@ def start(init: str, photo: Tensor, styles: Sequence[Tensor], seed: int) -> Tens
     h, w = photo.shape[-2:]
     cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
     size = [math.ceil(side * cover) for side in styles[0].shape[-2:]]
-    return center_crop(nnf.interpolate(styles[0], size, mode="bicubic", antialias=True).clamp(0, 1), [h, w])
+    covering = nnf.interpolate(styles[0].cpu(), size, mode="bicubic", antialias=True).clamp(0, 1)
+    return center_crop(covering, [h, w]).to(photo.device)
 
 
 # --- Command line ------------------------------------------------------------------------------------------
@@ -331,18 +361,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     layers = {"nargs": "+", "metavar": "LAYER"}
 
     def scales(text: str) -> float | None:
-        return None if text == "auto" else number(int, 1)(text)
+        return None if text == "auto" else number(int, 1, 16)(text)
 
     add("content", type=Path, help="photo: what to paint")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        help=".png, .jpg or .webp (default: <content>_<style>.png)",
-        default=argparse.SUPPRESS,
-    )
-    add("--image-size", type=number(int, 1), default=512, help="longer side of the result, in px")
+    add("-o", "--output", type=Path, help=".png, .jpg or .webp (default: <content>_<style>.png)")
+    add("--image-size", type=number(int, 1, MOST_PIXELS), default=512, help="longer side of the result, in px")
     add("--center-crop", action="store_true", help="crop all images to their central square first")
     add("--style-scale", type=number(), default=1.0, help="longer side of the style image, relative to the result's")
     add("--content-weight", type=number(), default=1.0, help="α of Eq. 7")
@@ -351,8 +375,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--content-layers", **layers, default=CONTENT_LAYERS, help="of relu1_1 … relu5_4")
     add("--style-layers", **layers, default=STYLE_LAYERS, help="of relu1_1 … relu5_4")
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
-    add("--num-steps", type=number(int, 1), default=8, help="steps at each scale; each one is reported")
-    add("--lbfgs-iters", type=number(int, 1), default=4, help="iterations of the optimiser in each step")
+    add("--num-steps", type=number(int, 1, 10**6), default=8, help="steps at each scale; each one is reported")
+    add("--lbfgs-iters", type=number(int, 1, 10**6), default=4, help="iterations of the optimiser in each step")
     add(
         "--scales", type=scales, default="auto", help="sizes to go through, each half the next; auto: from about 192 px"
     )
@@ -365,48 +389,62 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--save-gif", action="store_true", help="write the optimisation as an animation, <output>.gif")
     add("--save-all", action="store_true", help="write the picture after every step to <output>_frames/")
     add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, <output>_losses.png")
-    add("--seed", type=number(int), default=0, help="of the white noise")
+    add("--seed", type=number(int, most=2**63), default=0, help="of the white noise")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the network")
     args = parser.parse_args(argv)
-    if "output" not in args:
-        args.output = Path("_".join(path.stem for path in [args.content, *args.styles]) + ".png")
+    if args.output is None:
+        names = [path.stem for path in args.styles] or ["inversion"]
+        args.output = Path("_".join([args.content.stem, *names]) + ".png")
     return args
 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Stylise files as the command line says, and write the picture and what else was asked for."""
-    check_output(args.output)
-    if args.output.resolve() in [path.resolve() for path in [args.content, *args.styles]]:
-        raise InputError(f"{args.output} is an input: choose another --output")
+    check_output(args.output, FORMATS)
+    stem = args.output.with_suffix("")
+    gif, table, plot, frames = (Path(f"{stem}{end}") for end in (".gif", "_losses.csv", "_losses.png", "_frames"))
+    extras = [gif] * args.save_gif + [table, plot] * args.save_losses + [frames / "0001.png"] * args.save_all
+    for path in extras:
+        check_output(path)
+    outputs = [os.path.realpath(path) for path in [args.output, *extras]]
+    for path in [args.content, *args.styles]:
+        if os.path.realpath(path) in outputs or os.path.realpath(path.parent) == os.path.realpath(frames):
+            raise InputError(f"{path} is an input, which would be overwritten: choose another --output")
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    content = load_image(args.content, args.image_size, args.center_crop).to(device)
     style_size = max(1, round(args.image_size * args.style_scale))
+    if style_size > MOST_PIXELS:
+        raise InputError(f"--style-scale {args.style_scale:g} makes the style image larger than {MOST_PIXELS} px")
+    content = load_image(args.content, args.image_size, args.center_crop).to(device)
     styles = [load_image(path, style_size, args.center_crop).to(device) for path in args.styles]
     print(f"computing on {device} in {str(precision).removeprefix('torch.')}", file=sys.stderr)
 
-    latest: Progress | None = None
+    best: Progress | None = None
     history: list[tuple[int, dict[str, float]]] = []
-    frames: list[Tensor] = []
-    stem = args.output.with_suffix("")
-    if args.save_all:
-        for old in Path(f"{stem}_frames").glob("[0-9][0-9][0-9][0-9].png"):
-            old.unlink()  # of an earlier run, which may have had more steps
+    animation: list[Tensor] = []
+    height, width = content.shape[-2:]
+    shrink = min(1, 512 / max(height, width))  # larger animations are of little use
     bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", smoothing=0)
 
     def report(progress: Progress) -> None:
-        nonlocal latest
-        latest = progress
-        bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in progress.losses.items()), refresh=False)
-        bar.update(progress.done - bar.n)
+        nonlocal best
+        finer = best is None or progress.image.shape != best.image.shape
+        if finer or progress.losses["total"] <= best.losses["total"]:
+            best = progress
         history.append((progress.step, progress.losses))
+        bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in progress.losses.items()), refresh=False)
+        bar.update(progress.done - bar.n)
         if args.save_gif:
-            frames.append((progress.image * 255).round().byte().cpu())
+            size = [max(1, round(side * shrink)) for side in (height, width)]
+            animation.append(nnf.interpolate(progress.image.cpu(), size, mode="bicubic", antialias=True).clamp(0, 1))
         if args.save_all:
-            save_image(progress.image, Path(f"{stem}_frames", f"{progress.step:04d}.png"))
+            if progress.step == 1:  # an earlier run may have had more steps
+                for old in frames.glob("[0-9][0-9][0-9][0-9].png"):
+                    old.unlink()
+            save_image(progress.image, frames / f"{progress.step:04d}.png")
 
-    stopped = None
+    stopped: BaseException | None = None
     try:
         image = stylize(
             content,
@@ -430,53 +468,47 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
             precision=precision,
             callback=report,
         )
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU it is a plain one
-        if "memory" not in str(error):
+    except (KeyboardInterrupt, Diverged, OutOfMemory, OSError) as error:
+        if best is None:
             raise
-        fitting = round(0.7 * max(content.shape[-2:]))
-        raise InputError(f"out of memory: about --image-size {fitting} is likely to fit") from error
-    except (KeyboardInterrupt, Diverged) as error:
-        if latest is None:
-            raise
-        stopped, image = error, latest.image
+        stopped, image = error, nnf.interpolate(best.image, (height, width), mode="bicubic").clamp(0, 1)
     finally:
         bar.close()
 
-    assert latest is not None  # stylize has reported at least one step
-    image = nnf.interpolate(image, content.shape[-2:], mode="bicubic").clamp(0, 1)  # stopped at a coarse scale
-    losses = ", ".join(f"{name} {value:.6g}" for name, value in latest.losses.items())
-    save_image(
-        image, args.output, provenance(command, seed=args.seed, steps=f"{latest.step} of {latest.steps}", losses=losses)
-    )
-    if args.save_gif:
-        size = [round(side * min(1, 512 / max(content.shape[-2:]))) for side in content.shape[-2:]]
-        save_gif((nnf.interpolate(f / 255, size, mode="bicubic", antialias=True) for f in frames), f"{stem}.gif")
-    if args.save_losses:
-        save_losses(history, stem)
-    saved = f"the picture after step {latest.step} of {latest.steps} is in {args.output}"
-    if isinstance(stopped, Diverged):
-        raise InputError(f"{stopped}; {saved}")
-    print(f"interrupted: {saved}" if stopped else args.output, file=sys.stderr if stopped else sys.stdout)
-    if stopped:
-        raise SystemExit(130)
+    with uninterrupted():
+        step, losses = (best.step, best.losses) if stopped else history[-1]
+        record = {
+            "seed": args.seed,
+            "step": f"{step} of {best.steps}",
+            "losses": ", ".join(f"{k} {v:.6g}" for k, v in losses.items()),
+        }
+        save_image(image, args.output, provenance(command, **record))
+        if args.save_losses:
+            save_losses(history, table, plot)
+        if args.save_gif:
+            save_gif(animation, gif)
+        if stopped:
+            print(f"stopped: {args.output} holds the picture of step {step} of {best.steps}", file=sys.stderr)
+            raise stopped
+        print(args.output)
 
 
-def save_losses(history: Sequence[tuple[int, dict[str, float]]], stem: Path) -> None:
-    """Write <stem>_losses.csv, a row for each step with its losses, and a plot of it, <stem>_losses.png."""
+def save_losses(history: Sequence[tuple[int, dict[str, float]]], table: Path, plot: Path) -> None:
+    """Write the losses of each step as a CSV table, a row a step, and as a plot."""
     import matplotlib.pyplot as plt  # here, as it takes long to load and is seldom needed
 
     plt.switch_backend("agg")  # needs no display
     steps, names = [step for step, _ in history], list(history[0][1])
-    with replacing(f"{stem}_losses.csv") as path, path.open("w", newline="") as file:
+    with replacing(table) as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *names])
         writer.writerows([step, *losses.values()] for step, losses in history)
     figure, axes = plt.subplots()
     for name in names:
         axes.semilogy(steps, [losses[name] for _, losses in history], label=name)
-    axes.set(xlabel="step", ylabel="loss (content, style and variation before weighting)")
+    axes.set(xlabel="step", ylabel="loss (all but the total before weighting)")
     axes.legend()
-    with replacing(f"{stem}_losses.png") as path:
+    with replacing(plot) as path:
         figure.savefig(path, dpi=150)
     plt.close(figure)
 

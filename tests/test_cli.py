@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -63,7 +64,7 @@ def test_everything_that_can_be_saved(capsys):
         assert frame.size == (24, 16)
     with Path("new/a_losses.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["step", "total", "content", "style", "variation"]
+    assert rows[0] == ["step", "total", "content", "style"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4"]
     assert float(rows[4][1]) == pytest.approx(float(rows[4][2]) + 30 * float(rows[4][3]), rel=1e-4)
 
@@ -93,7 +94,8 @@ def test_a_picture_made_here_can_be_the_next_content():
         ["--style-weight", "0", "--init", "noise"],
         ["--tv-weight", "3"],
         ["--style-layers", "relu3_4"],
-        ["--optimizer", "adam", "--lr", "0.1"],
+        ["--optimizer", "adam"],
+        ["--lr", "0.1"],
         ["--init", "style"],
         ["--pooling", "max"],
         ["--vgg", "vgg16"],
@@ -107,6 +109,14 @@ def test_every_option_changes_the_picture(options):
     with Image.open("default.png") as default, Image.open("other.png") as other:
         assert (default.tobytes() != other.tobytes()) == (options != ["--scales", "auto"])
         assert other.size == ((48, 48) if "--center-crop" in options else (48, 32))
+
+
+@pytest.mark.parametrize("name", ["a{b}.png", "ä é.PNG", "-a.png", "in\udcff.png"])
+def test_unusual_names(name):
+    shutil.copy(STYLE, f"./{name}")
+    gatys_main("--save-all", "--save-gif", "--output", f"new/{name}", "--", CONTENT, f"./{name}")
+    with Image.open(f"new/{name}") as picture:
+        assert picture.size == (48, 32)
 
 
 def test_several_styles():
@@ -157,6 +167,18 @@ MISTAKES = [
     ([CONTENT, STYLE, "--vgg", "alexnet"], "--vgg"),
     ([CONTENT, STYLE, "--device", "gpu"], "gpu"),
     ([CONTENT, STYLE, "--colour"], "--colour"),
+    ([CONTENT, STYLE, "--device", "meta"], "meta"),
+    ([CONTENT, STYLE, "--seed", "1" + 30 * "0"], "--seed"),
+    ([CONTENT, STYLE, "-o", 300 * "a" + ".png"], "aaa"),
+    ([CONTENT, STYLE, "--save-gif", "-o", "b.png"], "b.gif"),
+    (["c.gif", STYLE, "--save-gif", "-o", "c.png"], "c.gif"),
+    (["d_frames/0008.png", STYLE, "--save-all", "-o", "d.png"], "d_frames"),
+    (["loop.png", STYLE], "loop.png"),
+    ([CONTENT, STYLE, "-o", ""], "suffix"),
+    ([CONTENT, STYLE, "--num-steps", "1" + 400 * "0"], "--num-steps"),
+    ([CONTENT, STYLE, "--image-size", "100000"], "--image-size"),
+    ([CONTENT, STYLE, "--style-scale", "1e9"], "--style-scale"),
+    ([CONTENT, STYLE, "--device", "hpu"], "hpu"),
     ([CONTENT, STYLE, "--lr", "1e12", "--optimizer", "adam", "--num-steps", "9"], "--lr"),
 ]
 
@@ -164,6 +186,11 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "word"), MISTAKES, ids=lambda value: None if isinstance(value, list) else value)
 def test_a_mistake_is_told_in_one_line(arguments, word, capsys):
     Path("folder.png").mkdir()
+    Path("b.gif").mkdir()
+    Path("loop.png").symlink_to("loop.png")
+    Path("d_frames").mkdir()
+    Image.new("RGB", (48, 48), "teal").save("d_frames/0008.png")
+    Image.new("RGB", (48, 48), "teal").save("c.gif")
     Path("text.jpg").write_text("not a picture")
     Path("empty.png").touch()
     Path("truncated.jpg").write_bytes(CONTENT.read_bytes()[:5000])
@@ -192,11 +219,32 @@ def test_ctrl_c_saves_the_picture():
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("interrupted: the picture after step ")
+    assert "stopped: content_style.png holds the picture of step " in err
     with Image.open("content_style.png") as picture:
         assert picture.size == (48, 32)
-        assert " of 100000" in picture.text["steps"]
+        assert " of 100000" in picture.text["step"]
     assert Path("content_style_losses.csv").exists()
+
+
+def test_a_full_disk_while_frames_are_saved_keeps_the_picture(monkeypatch, capsys):
+    save_image = gatys.save_image
+
+    def fail(image, path, *metadata):
+        if "0003" in str(path):
+            raise OSError(28, "No space left on device")
+        save_image(image, path, *metadata)
+
+    monkeypatch.setattr(gatys, "save_image", fail)
+    with pytest.raises(SystemExit) as exit_:
+        gatys_main(CONTENT, STYLE, "--save-all", "--num-steps", "9")
+    assert exit_.value.code == 2
+    assert "No space left" in capsys.readouterr().err
+    assert Path("content_style.png").exists()
+
+
+def test_help_in_a_terminal_without_unicode():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    subprocess.run([sys.executable, ROOT / "gatys.py", "--help"], env=environment, check=True, capture_output=True)
 
 
 def test_an_infinite_loss_keeps_the_last_good_picture(monkeypatch, capsys):
@@ -211,8 +259,17 @@ def test_an_infinite_loss_keeps_the_last_good_picture(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         gatys.main([str(CONTENT), str(STYLE), *TINY, "--num-steps", "9"])
     assert exit_.value.code == 2
-    assert "step 3 of 9 is in content_style.png" in capsys.readouterr().err
+    assert "content_style.png holds the picture of step 3 of 9" in capsys.readouterr().err
     assert Path("content_style.png").exists()
+
+
+def test_a_move_that_blows_up_does_not_replace_the_last_good_picture():
+    with pytest.raises(SystemExit):
+        gatys_main(CONTENT, STYLE, "--optimizer", "adam", "--lr", "1e12", "--num-steps", "9")
+    with Image.open("content_style.png") as picture:
+        assert picture.text["step"] == "1 of 9"
+        saturated = sum(value in (0, 255) for value in picture.tobytes())
+        assert saturated < 0.2 * len(picture.tobytes())
 
 
 def test_out_of_memory_names_a_size(monkeypatch, capsys):
@@ -223,7 +280,7 @@ def test_out_of_memory_names_a_size(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         gatys_main(CONTENT, STYLE)
     assert exit_.value.code == 2
-    assert "error: out of memory: about --image-size 34" in capsys.readouterr().err
+    assert "error: out of memory at 48 px: about --image-size 33" in capsys.readouterr().err
 
 
 # --- README ---
@@ -242,6 +299,13 @@ def test_the_readmes_gatys_commands_work(monkeypatch):
     shutil.copytree(ROOT / "examples", "examples")
     for arguments in commands:
         gatys.main([*arguments, *TINY])
+
+
+def test_the_readmes_pictures_are_there():
+    pictures = re.findall(r"\]\((examples/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(pictures) > 3
+    for picture in pictures:
+        assert (ROOT / picture).exists()
 
 
 def test_the_readme_documents_every_flag_and_its_default():

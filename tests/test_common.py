@@ -293,6 +293,20 @@ def test_a_broken_icc_profile_is_passed_over(tmp_path):
     torch.testing.assert_close(load_image(tmp_path / "a.png").mean((0, 2, 3)), torch.tensor([1.0, 0, 0]))
 
 
+def test_grey_of_floats(tmp_path):
+    for name, white in (("unit", 1.0), ("bytes", 255.0)):
+        image = Image.new("F", (2, 1))
+        image.putdata([0.5 * white, white])
+        image.save(tmp_path / f"{name}.tif")
+        pixels = load_image(tmp_path / f"{name}.tif")[0, 0, 0]
+        torch.testing.assert_close(pixels, torch.tensor([0.5, 1.0]), rtol=0, atol=0.003)
+
+
+def test_broken_exif_does_no_harm(tmp_path):
+    shades().save(tmp_path / "a.png", exif=b"Exif\x00\x00garbage that is no TIFF header")
+    torch.testing.assert_close(load_image(tmp_path / "a.png"), tensor(shades()))
+
+
 def test_first_frame_of_an_animation(tmp_path):
     Image.new("RGB", (8, 8), "red").save(
         tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")]
@@ -360,6 +374,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_cannot_replace_the_old_file_is_kept_beside_it(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InputError, match="the result is in"):
+        save_image(torch.zeros(1, 3, 4, 4), tmp_path / "a.png")
+    assert len(list(tmp_path.glob(".*-a.png"))) == 1
+
+
 def test_gif_has_all_frames(tmp_path):
     save_gif([torch.full((1, 3, 6, 9), level) for level in (0.0, 0.5, 1.0)], tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as saved:
@@ -379,8 +400,14 @@ def test_precision():
     cpu = torch.device("cpu")
     assert pick_precision("float32", cpu) == torch.float32
     assert pick_precision("bfloat16", cpu) == torch.bfloat16
-    assert pick_precision("auto", cpu) in (torch.float32, torch.bfloat16)
     assert pick_device("cpu") == cpu
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_automatic_precision_follows_the_hardware(monkeypatch, native, dtype):
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: native, raising=False)
+    assert pick_precision("auto", torch.device("cpu")) == dtype
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -62,13 +62,15 @@ def test_style_loss_compares_pictures_of_different_sizes():
 
 def test_total_loss_is_eq_5_and_7():
     x = torch.rand(1, 3, 4, 6, dtype=torch.float64)
-    maps = {name: feature_maps(seed) for seed, name in enumerate(["relu1_1", "relu2_1", "relu3_1", "relu4_2"])}
+    names = ["relu1_1", "relu2_1", "relu3_1", "relu4_2", "relu5_2"]
+    maps = {name: feature_maps(seed) for seed, name in enumerate(names)}
     F, P = ({name: pair[k] for name, pair in maps.items()} for k in (0, 1))
     style_layers = ["relu1_1", "relu2_1", "relu3_1"]
     A = {name: gram_matrix(P[name]) for name in style_layers}
-    losses = total_loss(x, F, {"relu4_2": P["relu4_2"]}, A, 2.0, 70.0, 0.5)
+    content_layers = ["relu4_2", "relu5_2"]
+    losses = total_loss(x, F, {name: P[name] for name in content_layers}, A, 2.0, 70.0, 0.5)
     eq_5 = sum(1 / 3 * style_by_loops(F[name], P[name]) for name in style_layers)
-    eq_1 = 0.5 * ((F["relu4_2"] - P["relu4_2"]) ** 2).sum() / (N * M)
+    eq_1 = sum(1 / 2 * 0.5 * ((F[name] - P[name]) ** 2).sum() / (N * M) for name in content_layers)
     tv = sum(((x[0, c, i + 1, j] - x[0, c, i, j]) ** 2) for c in range(3) for i in range(3) for j in range(6)) / 54
     tv += sum(((x[0, c, i, j + 1] - x[0, c, i, j]) ** 2) for c in range(3) for i in range(4) for j in range(5)) / 60
     assert losses["style"].item() == pytest.approx(eq_5.item(), rel=1e-6)
@@ -144,6 +146,22 @@ def test_lbfgs_does_not_depend_on_the_scale_of_the_loss(scale):
     assert picture(scale).mean() > 0.1
 
 
+def test_lbfgs_starts_with_the_same_move_a_pixel_at_every_size():
+    """torch's L-BFGS bounds the sum of all changes of its first move."""
+
+    def move(size):
+        steps = optimize(torch.zeros(1, 3, size, size), lambda x: {"total": (x - 1).square().mean()}, 1, 2)
+        return next(steps)[0].mean().item()
+
+    assert move(8) == pytest.approx(1 / 100, rel=1e-3)
+    assert move(64) == pytest.approx(1 / 100, rel=1e-3)
+
+
+def test_optimize_yields_a_picture_with_its_own_losses():
+    for x, losses in optimize(torch.zeros(1, 3, 4, 4), lambda x: {"total": (x - 1).square().mean()}, 3, 2):
+        assert losses["total"] == pytest.approx((x - 1).square().mean().item(), rel=1e-5)
+
+
 def test_optimize_does_not_clamp():
     steps = optimize(torch.zeros(1, 3, 4, 4), lambda x: {"total": (x + 1).square().mean()}, 5, 10)
     assert list(steps)[-1][0].max() < -0.9
@@ -202,17 +220,37 @@ def test_scales_go_from_coarse_to_fine(pictures):
     assert [(progress.step, progress.steps) for progress in history] == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_a_fine_scale_starts_from_the_coarse_result(pictures):
+    """With one evaluation at the fine scale, its only frame is its start."""
+    _, history = record(pictures[0], pictures[1:], num_steps=1, lbfgs_iters=1, scales=2, init="noise")
+    coarse, fine = (progress.image for progress in history)
+    expected = torch.nn.functional.interpolate(coarse, fine.shape[-2:], mode="bicubic").clamp(0, 1)
+    torch.testing.assert_close(fine, expected, rtol=0, atol=1e-4)
+
+
+def test_the_style_is_scaled_with_the_picture_and_the_network_rescaled_once(pictures, monkeypatch):
+    seen, rescaled = [], []
+    forward, rescale = VGG.forward, gatys.rescale
+    monkeypatch.setattr(VGG, "forward", lambda self, x, n: seen.append((*x.shape[-2:], len(n))) or forward(self, x, n))
+    monkeypatch.setattr(gatys, "rescale", lambda vgg, images: rescaled.append(images) or rescale(vgg, images))
+    record(pictures[0], pictures[1:], scales=2)
+    margin = 2 * gatys.MARGIN
+    assert [size for *size, layers in seen if layers == 2] == [[16, 24], [32, 48]]  # the style has two layers
+    assert [size for *size, layers in seen if layers == 1] == [[20 + margin, 28 + margin], [40 + margin, 56 + margin]]
+    assert [[tuple(image.shape[-2:]) for image in images] for images in rescaled] == [[(36, 44), (16, 24)]]
+
+
 def test_zero_weights_skip_what_they_make_needless(pictures, monkeypatch):
     deepest = []
     forward = VGG.forward
     monkeypatch.setattr(VGG, "forward", lambda self, x, layers: deepest.append(layers) or forward(self, x, layers))
     _, history = record(pictures[0], pictures[1:], content_weight=0.0, init="noise")
     assert set(map(tuple, deepest)) - {()} == {("relu1_1", "relu2_1")}
-    assert history[-1].losses["content"] == 0
+    assert history[-1].losses.keys() == {"total", "style"}
     deepest.clear()
     _, history = record(pictures[0], content_weight=1.0, style_weight=0.0, init="noise")
     assert set(map(tuple, deepest)) - {()} == {("relu2_2",)}
-    assert history[-1].losses["style"] == 0
+    assert history[-1].losses.keys() == {"total", "content"}
 
 
 def test_inversion_comes_nearer_to_the_photo_than_noise(pictures):
@@ -278,7 +316,13 @@ def test_bfloat16_gives_nearly_the_same_picture(pictures):
         ({"style_blend": [1.0, 2.0]}, "--style-blend"),
         ({"style_blend": [0.0]}, "--style-blend"),
         ({"content_layers": ["relu9_1"]}, "relu9_1.*relu5_3"),
-        ({"scales": 6}, "too small"),
+        ({"scales": 9, "styles": [torch.rand(1, 3, 32, 48)], "style_layers": ["relu5_1"]}, "too small"),
+        ({"content": torch.rand(2, 3, 40, 56)}, "shape"),
+        ({"content": torch.rand(3, 40, 56)}, "shape"),
+        ({"num_steps": 0}, "positive"),
+        ({"optimizer": "sgd"}, "sgd"),
+        ({"init": "photo"}, "photo"),
+        ({"pooling": "min"}, "min"),
     ],
 )
 def test_arguments_that_make_no_sense(pictures, arguments, message):
@@ -290,6 +334,13 @@ def test_more_pixels_than_memory_holds(pictures, monkeypatch):
     monkeypatch.setattr(gatys, "free_memory", lambda device: 10_000_000)
     with pytest.raises(InputError, match=r"memory.*--image-size \d+"):
         record(torch.rand(1, 3, 400, 400), pictures[1:])
+
+
+def test_tensors_of_other_kinds(pictures):
+    expected, _ = record(pictures[0], pictures[1:])
+    result, _ = record(pictures[0].double().requires_grad_(), [pictures[1].to(memory_format=torch.channels_last)])
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+    assert not result.requires_grad
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
