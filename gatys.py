@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
@@ -56,6 +56,7 @@ from common import (
     pick_precision,
     provenance,
     replacing,
+    rescale,
     save_gif,
     save_image,
     uninterrupted,
@@ -66,28 +67,6 @@ STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 MARGIN = 8  # px around the picture, cut off in the end: there the zero padding of the network paints a frame
 MOST_PIXELS = 16383  # of the longer side: what WebP holds
 BYTES_PER_PIXEL = {torch.bfloat16: 3000, torch.float32: 4000}  # that the default layers take on a CPU (measured)
-
-
-# --- Network -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def rescale(vgg: VGG, images: Sequence[Tensor]) -> None:
-    """Scale the weights of `vgg`, in place, so that every layer's mean activation over `images` is 1 (paper, §2).
-
-    Why it stays the same network: ReLU and pooling are positively homogeneous, f(s·x) = s·f(x) for s > 0, so that
-    dividing a layer's weights and bias by m > 0 divides its activations by m, and multiplying the next layer's
-    weights by m undoes that. Every layer computes what it did, in units of its mean.
-    """
-    activations = [vgg.normalize(image) for image in images]
-    previous = torch.ones((), device=vgg.mean.device)
-    for layer in vgg.features:
-        activations = [layer(a) for a in activations]  # of the network as it was
-        if isinstance(layer, nn.Conv2d):
-            mean = torch.stack([a.relu().mean() for a in activations]).mean()
-            layer.weight.mul_(previous / mean)
-            layer.bias.div_(mean)  # type: ignore[union-attr]
-            previous = mean
 
 
 # --- Losses ------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torchvision
 
 import common
 import gatys
-from common import VGG, InputError, gram_matrix
-from gatys import Diverged, content_loss, optimize, rescale, style_loss, stylize, total_loss, total_variation
+from common import VGG, InputError, gram_matrix, rescale
+from gatys import Diverged, content_loss, optimize, style_loss, stylize, total_loss, total_variation
 
 SMALL = {
     "weights": "random",
