@@ -229,9 +229,9 @@ class Photos(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         epoch, position = divmod(i, len(self.files))
         if self.order[0] != epoch:
-            shuffle = torch.Generator().manual_seed(hash((self.seed, epoch)))
+            shuffle = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
             self.order = (epoch, torch.randperm(len(self.files), generator=shuffle).tolist())
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch, position)))
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + 2**31 + i)
         for skipped in range(len(self.files)):
             path = self.files[self.order[1][(position + skipped) % len(self.files)]]
             try:
@@ -297,7 +297,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     optimizer = torch.optim.Adam(network.parameters(), args.lr)
     first, history = 0, []
     vgg = VGG([args.content_layer, *args.style_layers], args.vgg, args.vgg_weights).to(device)
-    settings = {name: getattr(args, name) for name in FIXED}
+    settings = {name: getattr(args, name) for name in FIXED} | {"style_layers": list(args.style_layers)}
     settings |= {"vgg": vgg.arch, "precision": str(precision), "files": len(files)}
     if args.resume:
         state = load_checkpoint(args.resume)
@@ -492,7 +492,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--vgg", choices=["auto", "vgg16", "vgg19"], default="auto", help="the paper's is vgg16; auto: else vgg19")
     add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict, or random")
     add("--workers", type=number(int), default=2, help="processes that load photos")
-    add("--seed", type=number(int), default=0, help="of the initial weights, the order of the photos and the crops")
+    add(
+        "--seed",
+        type=number(int, most=2**30),
+        default=0,
+        help="of the initial weights, the order of the photos and the crops",
+    )
     add(
         "--checkpoint-every",
         type=number(int, 1),

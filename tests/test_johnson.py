@@ -284,6 +284,7 @@ def test_resuming_with_other_hyperparameters_names_the_difference(folder, tmp_pa
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ")
         assert all(word in error for word in words)
+    train(*arguments, "--resume", tmp_path / "a.checkpoint.pth", "--style-layers", "relu1_1", "relu2_1")  # the same
     with pytest.raises(SystemExit):  # and no training is overwritten by another one
         train(*arguments)
     assert "--resume" in capsys.readouterr().err
