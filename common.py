@@ -244,8 +244,21 @@ def gram_matrix(features: Tensor) -> Tensor:
     _, c, h, w = features.shape
     with torch.autocast(features.device.type, enabled=False):
         f = features.flatten(2).mT  # (B, H*W, C): the order of channels-last in memory, also of its gradient
-        f = f.to(torch.promote_types(f.dtype, torch.float32))
-        return f.mT @ f / (c * h * w)
+        return _Gram.apply(f.to(torch.promote_types(f.dtype, torch.float32))) / (c * h * w)
+
+
+class _Gram(torch.autograd.Function):
+    """Fᵀ F of (B, M, C), with one product in its gradient, in the order of F, where autograd takes two products."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor) -> Tensor:
+        ctx.save_for_backward(f)
+        return f.mT @ f
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (f,) = ctx.saved_tensors
+        return f @ (gradient + gradient.mT)
 
 
 # --- Image files -------------------------------------------------------------------------------------------

@@ -207,6 +207,13 @@ def test_gram_matrix_equals_loops():
     torch.testing.assert_close(gram_matrix(f.to(memory_format=torch.channels_last)), expected)
 
 
+def test_gradient_of_the_gram_matrix():
+    f = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, 3, dtype=torch.float64)  # not symmetric: any function of G, not only a loss
+    assert torch.autograd.gradcheck(lambda f: weights * gram_matrix(f), f)
+    assert torch.autograd.gradgradcheck(lambda f: weights * gram_matrix(f), f)
+
+
 def test_gram_matrix_is_float32_under_autocast():
     f = torch.rand(1, 8, 64, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
