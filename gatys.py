@@ -66,7 +66,7 @@ CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 MARGIN = 8  # px around the picture, cut off in the end: there the zero padding of the network paints a frame
 MOST_PIXELS = 16383  # of the longer side: what WebP holds
-BYTES_PER_PIXEL = {torch.bfloat16: 3000, torch.float32: 4000}  # that the default layers take on a CPU (measured)
+BYTES_PER_PIXEL = {torch.bfloat16: 3000, torch.float32: 3500}  # that the default layers take on a CPU (measured)
 
 
 # --- Losses ------------------------------------------------------------------------------------------------
