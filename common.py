@@ -466,7 +466,7 @@ def pick_device(name: str = "auto") -> torch.device:
             raise RuntimeError
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name} is not there: choose auto, cpu, cuda, cuda:1, … or mps") from error
     return device
 

@@ -29,7 +29,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ class Convolution(nn.Module):
 class Residual(nn.Module):
     """R128: two 3×3 convolutions around a skip connection (He et al. 2016), without a ReLU after the sum."""
 
-    def __init__(self, channels: int, norm: type[nn.Module], pad: str) -> None:
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module], pad: str) -> None:
         super().__init__()
         self.conv1, self.in1 = Convolution(channels, channels, 3, pad=pad), norm(channels)
         self.conv2, self.in2 = Convolution(channels, channels, 3, pad=pad), norm(channels)
@@ -304,17 +304,25 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         if "optimizer" not in state:
             raise InputError(f"{args.resume} is no training to resume: name a .checkpoint.pth that train has written")
         for name, value in settings.items():
-            if state["settings"][name] != value:
-                raise InputError(f"{args.resume} was trained with {name} {state['settings'][name]}, not {value}")
+            before = state.get("settings", {}).get(name)
+            if before != value:
+                raise InputError(f"{args.resume} was trained with {name} {before}, not {value}")
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, history = state["iteration"], state["history"]
+        if first > args.iterations:
+            raise InputError(f"{args.resume} has had {first} iterations already: choose --iterations {first} or more")
     elif checkpoint.exists():
         raise InputError(f"{checkpoint} exists: continue it with --resume {checkpoint}, or choose another --output")
     if rank == 0:
         print(f"training on {device} in {str(precision).removeprefix('torch.')}: {len(files)} files", file=sys.stderr)
     objective = Objective(vgg, load_image(args.style, args.style_size).to(device), args, precision)
-    held_out = torch.stack([Photos(files, args.image_size, args.seed + 1)[i][0] for i in range(4)]).to(device)
+    if len(files) > 8:  # the sheet shows photos that the network is not trained on, unless there are too few
+        sample_files, photos.files = files[:4], files[4:]
+    else:
+        sample_files = files
+    samples = Photos(sample_files, args.image_size, args.seed)
+    held_out = torch.stack([samples[i][0] for i in range(4)]).to(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     f_W = DistributedDataParallel(network) if world > 1 else network
@@ -323,11 +331,12 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             return f_W(x)
 
+    record = {"architecture": network.architecture, "settings": settings, "command": shlex.join(command)}
+
     def save(iteration: int) -> None:
-        record = {"architecture": network.architecture, "settings": settings, "command": shlex.join(command)}
-        record |= {"iteration": iteration, "history": history, "model": network.state_dict()}
+        state = {"iteration": iteration, "history": history, "optimizer": optimizer.state_dict()}
         with replacing(checkpoint) as path:
-            torch.save(record | {"optimizer": optimizer.state_dict()}, path)
+            torch.save(record | state | {"model": network.state_dict()}, path)
         save_losses(history, args.output.with_suffix(""))
         network.eval()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -335,11 +344,6 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         network.train()
         sheet = torch.cat([torch.cat([*row], -1) for row in (held_out, painted)], -2)  # photos above, results below
         save_image(sheet, args.output.with_suffix(".jpg"), provenance(command, iteration=iteration))
-        if iteration == args.iterations:
-            del record["history"]
-            record["model"] = {name: value.half() for name, value in network.state_dict().items()}
-            with replacing(args.output) as path:
-                torch.save(record, path)
 
     # Ctrl-C ends the training between two iterations, so that the checkpoint is whole; a second one ends it at once.
     interrupts: list[int] = []
@@ -364,7 +368,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         saving = iteration % args.checkpoint_every == 0 or iteration == args.iterations or interrupts
         if iteration % 10 == 0 or saving:  # not each time: it makes a GPU wait
             values = {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(values["total"]):
+            if not math.isfinite(values["total"]) or not all(p.isfinite().all() for p in network.parameters()):
                 raise InputError(f"the loss became infinite; {checkpoint} is the last good state: try a smaller --lr")
             history.append([iteration, *values.values()])
             bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in values.items()))
@@ -376,9 +380,14 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
             print(f"interrupted: continue with --resume {checkpoint}", file=sys.stderr)
             raise SystemExit(130)
     bar.close()
+    if rank == 0:
+        half = {name: value.half() for name, value in network.state_dict().items()}
+        with uninterrupted(), replacing(args.output) as path:
+            torch.save(record | {"iteration": args.iterations, "model": half}, path)
     if skipped:
         print(f"warning: {skipped} times a file could not be read", file=sys.stderr)
-    print(args.output)
+    if rank == 0:
+        print(args.output)
 
 
 def save_losses(history: Sequence[Sequence[float]], stem: Path) -> None:

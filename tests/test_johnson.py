@@ -290,6 +290,37 @@ def test_resuming_with_other_hyperparameters_names_the_difference(folder, tmp_pa
     assert "--resume" in capsys.readouterr().err
 
 
+def test_resuming_a_finished_training_writes_its_model(folder, tmp_path, capsys):
+    """It may have been killed between its last checkpoint and its model."""
+    arguments = ["--data", folder, "--workers", 0, "-o", tmp_path / "a.pth"]
+    train(*arguments, "--iterations", 2)
+    model = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
+    (tmp_path / "a.pth").unlink()
+    checkpoint = tmp_path / "a.checkpoint.pth"
+    train(*arguments, "--iterations", 2, "--resume", checkpoint)
+    again = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
+    assert all(torch.equal(model[name], again[name]) for name in model)
+    with pytest.raises(SystemExit):
+        train(*arguments, "--iterations", 1, "--resume", checkpoint)
+    assert "2 iterations already" in capsys.readouterr().err
+    torch.save({"optimizer": {}, "model": {}}, checkpoint)  # of something else
+    with pytest.raises(SystemExit) as exit_:
+        train(*arguments, "--iterations", 2, "--resume", checkpoint)
+    assert exit_.value.code == 2
+
+
+def test_the_sheet_shows_photos_that_are_held_out(folder, tmp_path, monkeypatch):
+    for i in range(5, 10):
+        shutil.copy(folder / "0" / "0.png", folder / "0" / f"{i}.png")
+    read, load = [], johnson.load_image
+    monkeypatch.setattr(johnson, "load_image", lambda path, *a, **k: read.append(path) or load(path, *a, **k))
+    train("--data", folder, "--iterations", 10, "--workers", 0, "-o", tmp_path / "a.pth")
+    held_out, trained = set(johnson.find_images(folder)[:4]), read[5:]  # after the style and the four samples
+    assert set(read[1:5]) == held_out
+    assert len(trained) == 20
+    assert not held_out & set(trained)
+
+
 def test_an_infinite_loss_keeps_the_last_good_checkpoint(folder, tmp_path, capsys):
     arguments = ["--data", folder, "--workers", 0, "-o", tmp_path / "a.pth", "--lr", "1e30"]
     with pytest.raises(SystemExit) as exit_:
