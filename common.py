@@ -28,6 +28,7 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image, to_tensor
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -439,6 +440,35 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
         pairs.append((source, unique))
     check_output(pairs[0][1])
     return pairs
+
+
+def transform_files(
+    inputs: Sequence[Path],
+    output: Path | None,
+    tag: str,
+    transform: Callable[[Path], Tensor],
+    metadata: dict[str, str],
+) -> None:
+    """Write `transform(path)` for every image among `inputs` and in their folders, to where `plan_outputs` says.
+
+    Of several images, one that cannot be read is passed over with a warning, and the exit status is 1 in the end.
+    """
+    pairs = plan_outputs(inputs, output, tag)
+    unreadable = 0
+    for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
+        try:
+            result = transform(source)
+        except InputError as error:
+            if len(pairs) == 1:
+                raise
+            tqdm.write(f"warning: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        save_image(result, target, metadata)
+        tqdm.write(str(target))
+    if unreadable:
+        print(f"{unreadable} of {len(pairs)} files could not be read", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

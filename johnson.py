@@ -6,6 +6,7 @@ Gatys et al. change the pixels of one picture until a fixed loss network likes i
 transformation network f_W, learns to do that in one pass: it is trained on many photos x to make ŷ = f_W(x), so that
 the same kind of loss, of ŷ against the photo and the painting, becomes small.
 
+    python johnson.py stylize photo.jpg
     python johnson.py train --style style.jpg --data photos/ -o style.pth
     python johnson.py stylize photo.jpg --model style.pth
 
@@ -17,7 +18,8 @@ Where this departs from the paper:
   `--norm batch --upsample transposed --padding start`.
 - The loss network is rescaled to mean activation 1 in every layer, as Gatys et al. do, so that the losses' weights mean
   the same for VGG-16 and VGG-19. The total variation is a mean, so that its weight means the same at every size.
-- The content layer is relu3_3, as in the authors' released code; the paper's text has relu2_2.
+- The content layer is relu2_2, as in the paper's text; the authors' released code has relu3_3.
+- The last layer's tanh gets a tenth of its argument, so that the first steps of training do not saturate it.
 """
 
 from __future__ import annotations
@@ -53,16 +55,18 @@ from common import (
     one_line_errors,
     pick_device,
     pick_precision,
-    plan_outputs,
     provenance,
     replacing,
     rescale,
     save_image,
+    transform_files,
     uninterrupted,
 )
 
-CONTENT_LAYER = "relu3_3"
+CONTENT_LAYER = "relu2_2"
 STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
+MODEL = Path(__file__).parent / "models" / "auvers.pth"  # trained on examples/style.jpg, as the README says
+STRIP = 2**19  # pixels of a feature map that are convolved at a time, outside training
 
 
 # --- Network -----------------------------------------------------------------------------------------------
@@ -79,16 +83,36 @@ class Convolution(nn.Module):
     ):
         super().__init__()
         self.upsample = upsample == "nearest"
+        self.scale = 2 if upsample else 1 / stride  # rows of the result for a row of the input …
+        self.reflect = kernel // 2 if pad == "reflect" and upsample != "transposed" else 0
+        self.lost = kernel - 1 if pad == "none" else 0  # … and how many are missing
         if upsample == "transposed":
             self.conv2d: nn.Module = nn.ConvTranspose2d(inputs, outputs, kernel, 2, kernel // 2, output_padding=1)
         else:
-            mode = "reflect" if pad == "reflect" else "zeros"
-            padding = 0 if pad == "none" else kernel // 2
-            self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride, padding, padding_mode=mode)
+            self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if pad == "zeros" else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.upsample:
-            x = nnf.interpolate(x, scale_factor=2, mode="nearest")
+        """Convolve x at once, or if it is large in strips of rows: one padded and upsampled copy would fill memory."""
+        width = int(x.shape[-1] * max(1, self.scale) ** 2)
+        rows, strip = x.shape[-2], max(32, STRIP // width // 2 * 2)
+        if torch.is_grad_enabled() or rows <= strip:
+            return self.convolve(x)
+        y = None
+        for top in range(0, rows, strip):
+            above = min(top, 4)  # a strip overlaps its neighbours by the 4 rows that a 9×9 kernel reaches
+            part = self.convolve(x[..., top - above : top + strip + 4, :])[..., int(above * self.scale) :, :]
+            if y is None:
+                y = part.new_empty(*part.shape[:2], math.ceil(rows * self.scale) - self.lost, part.shape[-1])
+            first, last = int(top * self.scale), int((top + strip) * self.scale)
+            y[..., first:last, :] = part[..., : last - first, :]
+        return y
+
+    def convolve(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # which would copy x to float32 for these two
+            if self.upsample:
+                x = nnf.interpolate(x, scale_factor=2, mode="nearest")
+            if self.reflect:
+                x = nnf.pad(x, [self.reflect] * 4, mode="reflect")
         return self.conv2d(x)
 
 
@@ -102,7 +126,7 @@ class Residual(nn.Module):
         self.crop = 2 if pad == "none" else 0  # two convolutions without padding lose 2 px a side
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.in2(self.conv2(torch.relu(self.in1(self.conv1(x)))))
+        y = self.in2(self.conv2(torch.relu_(self.in1(self.conv1(x)))))
         return nnf.pad(x, [-self.crop] * 4) + y
 
 
@@ -144,15 +168,22 @@ class TransformNet(nn.Module):
         elif min(height, width) < 5:  # reflection needs more pixels than it adds
             raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
         linear = self.architecture["output"] == "linear"
-        y = torch.relu(self.in1(self.conv1(255 * x if linear else x)))
-        y = torch.relu(self.in2(self.conv2(y)))
-        y = torch.relu(self.in3(self.conv3(y)))
+        y = self.conv1(255 * x if linear else x)
+        y = torch.relu_(self.in1(y))
+        y = self.conv2(y)
+        y = torch.relu_(self.in2(y))
+        y = self.conv3(y)
+        y = torch.relu_(self.in3(y))
         for i in range(1, 6):
             y = getattr(self, f"res{i}")(y)
-        y = torch.relu(self.in4(self.deconv1(y)))
-        y = torch.relu(self.in5(self.deconv2(y)))
+        y = self.deconv1(y)
+        y = torch.relu_(self.in4(y))
+        y = self.deconv2(y)  # a statement of its own: in a large picture, the map before it is freed now
+        y = torch.relu_(self.in5(y))
         y = self.deconv3(y).float()
-        y = (y / 255).clamp(0, 1) if linear else (torch.tanh(y) + 1) / 2
+        # Adam's first steps shift y, a sum over 81 · 32 weights, by about 1 each. Undivided, that saturates the tanh,
+        # which has no gradient there: it takes many times as many iterations to come back.
+        y = (y / 255).clamp(0, 1) if linear else (torch.tanh(y / 10) + 1) / 2
         return y[..., :height, :width]  # a side that is no multiple of 4 was rounded up
 
 
@@ -441,25 +472,14 @@ def stylize_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Stylise files and folders as the command line says; exit with status 1 if some could not be read."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    network = load_network(args.model).to(device)
-    pairs = plan_outputs(args.inputs, args.output, args.model.stem)
+    model = args.model or MODEL
+    network = load_network(model).to(device)
     print(f"computing on {device} in {str(precision).removeprefix('torch.')}", file=sys.stderr)
-    unreadable = 0
-    for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
-        try:
-            image = load_image(source, args.image_size).to(device)
-        except InputError as error:
-            if len(pairs) == 1:
-                raise
-            tqdm.write(f"warning: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        painted = stylize(network, image, args.strength, precision)
-        save_image(painted, target, provenance(command, model=args.model.name))
-        tqdm.write(str(target))
-    if unreadable:
-        print(f"{unreadable} of {len(pairs)} files could not be read", file=sys.stderr)
-        raise SystemExit(1)
+
+    def transform(path: Path) -> Tensor:
+        return stylize(network, load_image(path, args.image_size).to(device), args.strength, precision)
+
+    transform_files(args.inputs, args.output, model.stem, transform, provenance(command, model=model.name))
 
 
 # --- Command line ------------------------------------------------------------------------------------------
@@ -474,7 +494,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.set_defaults(run=stylize_files)
     add = sub.add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, or folder of pictures")
-    add("--model", type=Path, required=True, help="of train, or of pytorch/examples")
+    add("--model", type=Path, help="of train, or of pytorch/examples (default: models/auvers.pth, a Van Gogh)")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<model>.png)")
     add("--image-size", type=number(int, 1), help="longer side of the result, in px (default: the input's own)")
     add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's output")
@@ -487,7 +507,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("-o", "--output", type=Path, default=Path("model.pth"), help="model to write")
     add("--content-weight", type=number(), default=1.0, help="λ_c of Eq. 5")
     add("--style-weight", type=number(), default=5.0, help="λ_s of Eq. 5")
-    add("--tv-weight", type=number(), default=1.0, help="λ_TV of Eq. 5")
+    add("--tv-weight", type=number(), default=4.0, help="λ_TV of Eq. 5")
     add("--content-layer", default=CONTENT_LAYER, metavar="LAYER", help="of relu1_1 … relu5_3")
     add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_3")
     add("--image-size", type=number(int, 8), default=256, help="side of the training crops, in px")

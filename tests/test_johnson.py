@@ -109,6 +109,18 @@ def test_size_in_is_size_out(switches, size):
     assert 0 <= y.min() <= y.max() <= 1
 
 
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s.values()))
+@pytest.mark.parametrize("size", [(301, 40), (129, 37), (65, 33)])
+def test_a_large_picture_goes_through_in_strips_with_the_same_result(switches, size, monkeypatch):
+    network, x = TransformNet(**switches).eval(), torch.rand(1, 3, *size)
+    network.deconv3.conv2d.weight.data *= 100  # more contrast than a fresh network gives
+    whole = network(x)  # with gradients: never in strips
+    monkeypatch.setattr(johnson, "STRIP", 1)  # 32 rows each
+    with torch.inference_mode():
+        assert (network(x) - whole).abs().max() < 1e-4
+    assert (whole[..., 1:, :] - whole[..., :-1, :]).abs().max() > 0.01  # a shift could be seen
+
+
 def test_reflect_equals_reflection_padding_and_goes_further():
     x = torch.rand(1, 3, 50, 45)
     assert torch.equal(johnson.reflect(x, 40), nn.functional.pad(x, [40] * 4, mode="reflect"))
@@ -411,7 +423,7 @@ def test_published_models_give_the_same_pixels(tmp_path, size):
     torch.testing.assert_close(stylize(load_network(tmp_path / "mosaic.pth"), x), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["image", "text", "truncated", "foreign", "list", "missing"])
+@pytest.mark.parametrize("kind", ["image", "text", "truncated", "foreign", "cyclegan", "list", "missing"])
 def test_what_is_no_model(tmp_path, kind):
     path = tmp_path / "a.pth"
     if kind == "image":
@@ -423,6 +435,8 @@ def test_what_is_no_model(tmp_path, kind):
         path.write_bytes(path.read_bytes()[:100_000])
     elif kind == "foreign":
         torch.save({"model.1.weight": torch.zeros(64, 3, 7, 7)}, path)
+    elif kind == "cyclegan":
+        torch.save({"architecture": {"blocks": 9, "width": 64}, "G": {}, "F": {}}, path)
     elif kind == "list":
         torch.save([1, 2], path)
     with pytest.raises(InputError, match=r"a\.pth"):
@@ -491,11 +505,12 @@ def test_the_readmes_commands_work(folder, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "examples", "examples")
     shutil.copytree(folder, "holiday")
     commands = readme_commands("johnson.py")
-    assert len(commands) == 3
+    assert len(commands) == 4
     for arguments in commands:
         tiny = [*TINY.split(), *TINY_LAYERS, "--iterations", "1"] if arguments[0] == "train" else ["--image-size", "24"]
         johnson.main([*arguments, *tiny])
-    assert Path("content_style.jpg").exists()
+    assert Path("examples/content_auvers.jpg").exists()
+    assert Path("portrait_style.jpg").exists()
     assert len(list(Path("painted").rglob("*.png"))) == 5
 
 
