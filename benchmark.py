@@ -17,11 +17,14 @@ from pathlib import Path
 
 import torch
 
+import cyclegan
 import gatys
-from common import VGG, gram_matrix, load_image, pick_device, pick_precision
+import johnson
+from common import VGG, gram_matrix, load_checkpoint, load_image, pick_device, pick_precision, save_image
 
 ROOT = Path(__file__).parent
 CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
+PORTRAIT = ROOT / "examples" / "portrait.jpg"
 DEVICE = pick_device()
 PRECISION = pick_precision("auto", DEVICE)
 
@@ -37,6 +40,12 @@ def best(*versions: Callable[[], None], repeats: int = 5) -> list[float]:
                 torch.cuda.synchronize()
             times[i] = min(times[i], time.perf_counter() - start)
     return times
+
+
+def plain_gram(f: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of feature maps (B, C, H, W), as it is commonly written."""
+    f = f.flatten(2)
+    return f @ f.mT / f[0].numel()
 
 
 def gatys_evaluation() -> str:
@@ -61,10 +70,6 @@ def gatys_evaluation() -> str:
             (L_content + 30 * L_style).backward()
 
         return run
-
-    def plain_gram(f: torch.Tensor) -> torch.Tensor:
-        f = f.flatten(2)
-        return f @ f.mT / f[0].numel()
 
     plain = VGG(layers, "vgg19", pooling="avg").to(DEVICE).to(memory_format=torch.contiguous_format)
     ours = VGG(layers, "vgg19", pooling="avg").to(DEVICE)
@@ -103,7 +108,172 @@ def gatys_cuda() -> str:
     return f"{'; '.join(lines[1:])} (to reach: 5 s at 512 px; 2048 px works)"
 
 
-ROWS = [gatys_evaluation, gatys_command, gatys_cuda]
+def johnson_training(size: int = 256, batch: int = 4) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A training step as it is commonly written, and ours.
+
+    The common one is float32 in contiguous layout, runs the whole of VGG on the photos, and keeps that in the graph.
+    """
+    photos, style = torch.rand(batch, 3, size, size, device=DEVICE), load_image(STYLE, 512).to(DEVICE)
+    args = johnson.parse_args(["train", "--style", "", "--data", ""])
+
+    def training(plain: bool) -> Callable[[], None]:
+        vgg = VGG([args.content_layer, *args.style_layers], "vgg19").to(DEVICE)
+        objective = johnson.Objective(vgg, style, args, torch.float32 if plain else PRECISION)
+        network = johnson.TransformNet().to(DEVICE)
+        optimizer = torch.optim.Adam(network.parameters(), args.lr)
+        if plain:
+            vgg.to(memory_format=torch.contiguous_format)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            if plain:
+                y = network(photos)
+                target, f = vgg(photos.clone().requires_grad_()), vgg(y)
+                content = johnson.content_loss(f[args.content_layer], target[args.content_layer])
+                grams = ((plain_gram(f[name]), A) for name, A in objective.targets.items())
+                style_term = sum(johnson.style_loss(G, A) for G, A in grams)
+                variation = johnson.total_variation(y)
+                loss = args.content_weight * content + args.style_weight * style_term + args.tv_weight * variation
+            else:
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION is torch.bfloat16):
+                    y = network(photos)
+                loss = objective(photos, y)["total"]
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    return training(plain=True), training(plain=False)
+
+
+def johnson_step() -> str:
+    """A training step at 256 px, batch 4."""
+    slow, fast = best(*johnson_training(), repeats=3)
+    rates = f"{4 / fast:.1f} images/s" if DEVICE.type == "cuda" else f"{fast:.2f} s"
+    return f"{rates}, plain float32 {slow:.2f} s: ratio {fast / slow:.2f} (to reach: 0.45)"
+
+
+def johnson_loading() -> str:
+    """How long a training step waits for its photos, which are decoded from JPEGs of COCO's size meanwhile."""
+    args = johnson.parse_args(["train", "--style", "", "--data", "", "--iterations", "12", "--workers", "2"])
+    _, step = johnson_training()
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(8):
+            save_image(load_image(CONTENT, 640), f"{folder}/{i}.jpg")
+        photos = johnson.Photos(johnson.find_images(Path(folder)), 256, 0)
+        waits, steps = [], []
+        start = time.perf_counter()
+        for _ in johnson.batches(photos, args, 0, 0, 1):
+            waits.append(time.perf_counter() - start)
+            step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            steps.append(time.perf_counter() - start - waits[-1])
+            start = time.perf_counter()
+    wait, compute = sum(waits[2:]), sum(steps[2:])  # the workers start in the first ones
+    return f"waits {1000 * wait / 10:.1f} ms of {1000 * compute / 10:.0f} ms a step (to reach: hidden)"
+
+
+def johnson_stylize() -> str:
+    """The network alone, on 512×512."""
+    network, x = johnson.load_network(johnson.MODEL).to(DEVICE), torch.rand(1, 3, 512, 512, device=DEVICE)
+    slow, fast = best(
+        lambda: johnson.stylize(network, x), lambda: johnson.stylize(network, x, precision=PRECISION), repeats=10
+    )
+    return f"{fast:.3f} s, plain float32 {slow:.3f} s: ratio {fast / slow:.2f} (to reach: 0.6)"
+
+
+def johnson_objective() -> str:
+    """The iterations of L-BFGS on the pixels that reach the network's loss on unseen photos (paper, Fig. 5), and how
+
+    many times longer 500 of them take (Table 1), at 256 px.
+    """
+    network, record = johnson.load_network(johnson.MODEL).to(DEVICE), load_checkpoint(johnson.MODEL)
+    args = argparse.Namespace(**record["settings"])
+    vgg = VGG([args.content_layer, *args.style_layers], args.vgg).to(DEVICE)
+    objective = johnson.Objective(vgg, load_image(STYLE, args.style_size).to(DEVICE), args, PRECISION)
+    counts, speedups = [], []
+    for path in (CONTENT, PORTRAIT):
+        x = load_image(path, 256, center_crop=True).to(DEVICE)
+        seconds, *_ = best(lambda x=x: johnson.stylize(network, x, precision=PRECISION))
+        reached = objective(x, johnson.stylize(network, x, precision=PRECISION).clone())["total"].item()
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        start = time.perf_counter()
+        losses = [values["total"] for _, values in gatys.optimize(noise, lambda y, x=x: objective(x, y), 500, 1)]
+        speedups.append((time.perf_counter() - start) / seconds)
+        counts.append(next((i for i, loss in enumerate(losses, 1) if loss <= reached), "more than 500"))
+    return (
+        f"the network's loss is that of {counts[0]} and {counts[1]} iterations from noise (paper: 50 to 100); "
+        f"500 iterations take {speedups[0]:.0f} and {speedups[1]:.0f} times as long (paper: about 1000)"
+    )
+
+
+def cyclegan_step() -> str:
+    """A training step at the paper's setting (256 px, batch 1, 9 blocks), against the textbook's; memory of each.
+
+    The textbook's is float32, with a call for every pass, and G and F's loss also has gradients for D_X and D_Y.
+    """
+    args = cyclegan.parse_args(["train", "X", "Y", "--blocks", "9"])
+    x, y = torch.rand(2, 1, 3, 256, 256, device=DEVICE)
+    ours, textbook = (cyclegan.Trainer(args, DEVICE, precision) for precision in (PRECISION, torch.float32))
+
+    def slow() -> None:
+        t, model, distance = textbook, textbook.model, cyclegan.distance
+        G, F, D_X, D_Y = model.G, model.F, model.D_X, model.D_Y
+        t.optimizer_G.zero_grad()
+        G_x, F_y = G(x), F(y)
+        gan = (D_Y(G_x) - 1).square().mean() + (D_X(F_y) - 1).square().mean()
+        cycle, identity = distance(F(G_x), x) + distance(G(F_y), y), distance(G(y), y) + distance(F(x), x)
+        (gan + args.lambda_cycle * (cycle + args.lambda_identity * identity)).backward()
+        t.optimizer_G.step()
+        t.optimizer_D.zero_grad()
+        for D, pool, real, fake in ((D_X, t.pool_X, x, F_y), (D_Y, t.pool_Y, y, G_x)):
+            (((D(real) - 1).square().mean() + D(pool.query(fake)).square().mean()) / 2).backward()
+        t.optimizer_D.step()
+
+    def fast() -> None:
+        ours.step(x, y, args.lr)
+
+    memory = []
+    for version in (fast, slow):  # the smaller one first: on a CPU the peak is that of all up to now
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        version()
+        peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else own_peak()
+        memory.append(peak / 1e9)
+    seconds, slow_seconds = best(fast, slow, repeats=3)
+    return (
+        f"{seconds:.2f} s, {memory[0]:.1f} GB; textbook {slow_seconds:.2f} s, {memory[1]:.1f} GB: "
+        f"ratio {seconds / slow_seconds:.2f} (to reach: 0.55)"
+    )
+
+
+def own_peak() -> int:
+    """The most memory that this process has had up to now, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cyclegan_translate() -> str:
+    """A generator of 9 blocks, on 256×256."""
+    network, x = cyclegan.Generator().to(DEVICE).eval(), torch.rand(1, 3, 256, 256, device=DEVICE)
+    slow, fast = best(
+        lambda: cyclegan.translate(network, x), lambda: cyclegan.translate(network, x, PRECISION), repeats=10
+    )
+    return f"{fast:.3f} s, plain float32 {slow:.3f} s: ratio {fast / slow:.2f} (to reach: 0.65)"
+
+
+ROWS = [
+    gatys_evaluation,
+    gatys_command,
+    gatys_cuda,
+    johnson_step,
+    johnson_loading,
+    johnson_stylize,
+    johnson_objective,
+    cyclegan_step,
+    cyclegan_translate,
+]
 
 
 def main() -> None:
