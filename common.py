@@ -11,10 +11,12 @@ import io
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
 import sys
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -113,7 +115,7 @@ class VGG(nn.Module):
         if min(height, width) < least:
             raise InputError(
                 f"{width}×{height} px is too small: {self.names[max(self.names)]} needs {least} px a side: "
-                "choose a larger --image-size or --style-scale, or fewer --scales"
+                "choose a larger size, or fewer --scales"
             )
         return (x - self.mean) / self.std
 
@@ -419,6 +421,8 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
     if output and output.suffix.lower() in FORMATS:
         if len(inputs) > 1 or inputs[0].is_dir():
             raise InputError(f"{output} is one picture: name a folder for the results of several")
+        if os.path.realpath(output) == os.path.realpath(inputs[0]):
+            raise InputError(f"{output} is the input itself: choose another --output")
         check_output(output)
         return [(inputs[0], output)]
     wanted = []
@@ -440,6 +444,34 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
         pairs.append((source, unique))
     check_output(pairs[0][1])
     return pairs
+
+
+def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, list[Path]]:
+    """Take the centres of the first four files that can be read; return them (B, 3, size, size), and the other files.
+
+    Of eight files or fewer all are returned, to be trained on.
+
+    Raises:
+        InputError: none can be read.
+    """
+    squares: dict[Path, Tensor] = {}
+    for path in files:
+        with suppress(InputError):
+            squares[path] = load_image(path, size, center_crop=True)
+        if len(squares) == 4:
+            break
+    if not squares:
+        raise InputError(f"none of the images in {files[0].parent} can be read")
+    return torch.cat([*squares.values()]), [path for path in files if path not in squares or len(files) <= 8]
+
+
+def fingerprint(*parts: Tensor | str) -> str:
+    """A short sum over tensors and texts, by which a resumed training knows its inputs again."""
+    total = 0
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part.cpu().numpy().tobytes()
+        total = zlib.crc32(data, total)
+    return f"{total:08x}"
 
 
 def transform_files(
@@ -467,7 +499,7 @@ def transform_files(
         save_image(result, target, metadata)
         tqdm.write(str(target))
     if unreadable:
-        print(f"{unreadable} of {len(pairs)} files could not be read", file=sys.stderr)
+        print(f"{unreadable} of {len(pairs)} files were passed over", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -537,16 +569,16 @@ def one_line_errors() -> Iterator[None]:
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
             setattr(sys, name, io.StringIO())
-        else:
+        elif hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
     try:
         yield
     except (InputError, OSError) as error:  # OSError: the disk is full, a file vanished, …
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
             raise
-        message = "out of memory: choose a smaller --image-size"
+        message = "out of memory: choose a smaller size, or batch"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

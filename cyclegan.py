@@ -13,6 +13,7 @@ G(F(y)) ≈ y.
 Where this departs from the paper:
 
 - Pictures are resized by their shorter side, where the authors' code squashes them to a square.
+- The identity loss, which the paper has for photos from paintings (§5.2), is always on, at the same weight.
 - Losses of distance are in units of the networks' range, -1 … 1, as there; outside the networks pictures are in [0, 1].
 - Generators, layer for layer, are those of the authors' PyTorch code, whose published models load as they are.
 """
@@ -29,8 +30,9 @@ import socket
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ from common import (
     InputError,
     check_output,
     find_images,
+    fingerprint,
+    hold_out,
     load_checkpoint,
     load_image,
     number,
@@ -99,6 +103,7 @@ class Generator(nn.Module):
 
     def __init__(self, blocks: int = 9, width: int = 64) -> None:
         super().__init__()
+        self.published = False  # by the authors of the paper
 
         def norm(channels: int) -> list[nn.Module]:
             return [nn.InstanceNorm2d(channels), nn.ReLU(inplace=True)]
@@ -209,7 +214,7 @@ def discriminator_loss(D: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
 
 
 class ImagePool:
-    """The last pictures that a generator has made (§4): D sees the newest one, or half the time an older one."""
+    """Pictures that a generator has made (§4): D is shown the newest one, or half the time an older one of the pool."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.images = size, []  # type: int, list[Tensor]
@@ -218,7 +223,7 @@ class ImagePool:
     def query(self, made: Tensor) -> Tensor:
         """Take in pictures (B, 3, H, W) and give back as many: until the pool is full, the same ones."""
         shown = []
-        for image in made.detach():
+        for image in made.detach().clone():  # a part of a larger batch would keep all of it in memory
             if len(self.images) < self.size:
                 self.images.append(image)
             elif self.size and torch.rand((), generator=self.generator) < 0.5:
@@ -257,36 +262,33 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(4 * NETWORK_TIMEOUT)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
-        archive = Path(temporary, "archive.zip")
+        archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, name)
         try:
             print(f"downloading {url}", file=sys.stderr)
             torch.hub.download_url_to_file(url, str(archive))
             with zipfile.ZipFile(archive) as file:  # its table of contents stands at the end: none if cut short
                 for member in file.namelist():
-                    if not Path(temporary, member).resolve().is_relative_to(Path(temporary, name).resolve()):
+                    if not Path(temporary, member).resolve().is_relative_to(unpacked.resolve()):
                         raise InputError(f"{url} holds {member}, which is outside {name}/: do not trust this archive")
                 file.extractall(temporary)  # checks every file's sum
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, IncompleteRead) as error:
             raise InputError(f"{url} came cut short or damaged ({error}): try again, or {remedy}") from error
-        except (OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except (OSError, RuntimeError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise InputError(f"cannot download {url} ({type(error).__name__}: {reason}): {remedy}") from error
         finally:
             socket.setdefaulttimeout(patience)
-        unpacked = Path(temporary, name)
-        for part in ("trainA", "trainB"):
-            find_images(unpacked / part)
+        if not all((unpacked / part).is_dir() for part in ("trainA", "trainB")):
+            raise InputError(f"{url} has no folders trainA and trainB")
         unpacked.rename(target)
     return target
 
 
-def domains(data: Sequence[str]) -> list[tuple[list[Path], list[Path]]]:
-    """The files of X and of Y, each as (for training, for samples).
+def domains(data: Sequence[str], size: int) -> list[tuple[list[Path], Tensor]]:
+    """For X and for Y: the files to train on, and up to four test pictures (B, 3, size, size).
 
-    `data` are two folders; or one with trainA and trainB; or the name of one of the authors' sets. Files for samples
-    are those in testA and testB, or the first four of a folder, which are not trained on unless there are too few.
+    `data` are two folders; or one with trainA and trainB; or the name of one of the authors' sets. Test pictures are
+    from testA and testB, or held out.
     """
     if len(data) == 1:
         root = Path(data[0])
@@ -296,30 +298,18 @@ def domains(data: Sequence[str]) -> list[tuple[list[Path], list[Path]]]:
             root = download(data[0])
         folders, tests = [root / "trainA", root / "trainB"], [root / "testA", root / "testB"]
     elif len(data) == 2:
-        folders, tests = [Path(part) for part in data], [Path(), Path()]
+        folders, tests = [Path(part) for part in data], [None, None]
     else:
         raise InputError(f"{len(data)} folders given: name two, or one set")
     result = []
     for folder, test in zip(folders, tests, strict=True):
         files = find_images(folder)
-        if test != Path() and test.is_dir():
-            result.append((files, find_images(test)))
+        if test and test.is_dir():
+            result.append((files, hold_out(find_images(test), size)[0]))
         else:
-            result.append((files[4:] if len(files) > 8 else files, files[:4]))
+            samples, files = hold_out(files, size)
+            result.append((files, samples))
     return result
-
-
-def squares(files: Sequence[Path], size: int) -> Tensor:
-    """The centres of the first four files that can be read, (B, 3, size, size)."""
-    images: list[Tensor] = []
-    for path in files:
-        with suppress(InputError):
-            images.append(load_image(path, size, center_crop=True))
-        if len(images) == 4:
-            break
-    if not images:
-        raise InputError(f"{files[0].parent}: none of the pictures for samples can be read")
-    return torch.cat(images)
 
 
 class Pairs(Dataset):
@@ -374,7 +364,11 @@ def batches(
         worker_init_fn=ignore_interrupts,
         pin_memory=torch.cuda.is_available(),
     )
-    return ((x, y, int(skipped.sum())) for x, y, skipped in loader)
+    try:
+        for x, y, skipped in loader:
+            yield x, y, int(skipped.sum())
+    except InputError as error:  # a worker's comes with a traceback in its text
+        raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from error
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -389,6 +383,7 @@ def ignore_interrupts(worker: int) -> None:
 FIXED = ["lambda_cycle", "lambda_identity", "pool_size", "lr", "beta1", "batch_size", "epochs", "decay_epochs"]
 FIXED += ["load_size", "crop_size", "blocks", "width", "seed"]
 COLUMNS = ["step", "epoch", "lr", "total", "G", "F", "cycle", "identity", "D_X", "D_Y"]
+SHOWN = ["G", "F", "cycle", "D_X", "D_Y"]  # in the progress bar
 COLUMNS += ["change_G", "change_F", "luminance_G", "luminance_F"]
 
 
@@ -475,7 +470,7 @@ def signs(x: Tensor, made: Tensor, name: str) -> dict[str, Tensor]:
     """What `diagnose` looks at: how far the generator changes x, and how its luminance goes with that of x."""
     weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1)
     a, b = ((weights * image).sum(1).flatten() for image in (x, made))
-    correlation = torch.corrcoef(torch.stack([a, b]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num(0.0)  # NaN: one of them has one colour only
     return {f"change_{name}": distance(x, made), f"luminance_{name}": correlation}
 
 
@@ -509,25 +504,30 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     args.blocks = args.blocks or (6 if args.crop_size <= 128 else 9)
     if args.load_size < args.crop_size:
         raise InputError(f"--load-size {args.load_size} is less than --crop-size {args.crop_size}")
-    if args.crop_size % 4 or args.crop_size < 32:
-        raise InputError(f"--crop-size {args.crop_size}: choose a multiple of 4, 32 or more")
+    if args.crop_size % 4:
+        raise InputError(f"--crop-size {args.crop_size}: choose a multiple of 4")
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes")
-    check_output(args.output / "checkpoint.pth")
+    checkpoint = args.output / "checkpoint.pth"
+    check_output(checkpoint)
     if args.export:
-        check_output(args.export)
+        check_output(args.export, (".pth", ".pt"))
+        if args.export.resolve() == checkpoint.resolve():
+            raise InputError(f"{checkpoint} is the checkpoint itself: choose another name for --export")
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank > 0:
             dist.barrier()  # until the first process has looked for the pictures, and perhaps downloaded them
-    (X, samples_X), (Y, samples_Y) = domains(args.data)
+    (X, x_samples), (Y, y_samples) = domains(args.data, args.crop_size)
     if world > 1 and rank == 0:
         dist.barrier()
 
     trainer = Trainer(args, device, precision, rank)
-    checkpoint = args.output / "checkpoint.pth"
     settings = {name: getattr(args, name) for name in FIXED}
-    settings |= {"precision": str(precision), "files": [len(X), len(Y)], "processes": world}
+    settings |= {"precision": str(precision), "processes": world}
+    settings |= {name: fingerprint(*(path.name for path in files)) for name, files in (("X", X), ("Y", Y))}
     first, history = 0, []  # type: int, list[list[float]]
     if args.resume:
         state = load_checkpoint(args.resume)
@@ -548,7 +548,6 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         raise InputError("nothing to do: choose --epochs or --decay-epochs above 0")
     if first > last:
         raise InputError(f"{args.resume} has had {first} steps already, more than {last}")
-    x_samples, y_samples = (squares(files, args.crop_size).to(device) for files in (samples_X, samples_Y))
     record = {"architecture": {"blocks": args.blocks, "width": args.width}, "settings": settings}
     record |= {"command": shlex.join(command)}
 
@@ -576,38 +575,46 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     handler = signal.signal(signal.SIGINT, interrupt)
     skipped, warned = 0, set()  # type: int, set[str]
     pairs = Pairs(X, Y, args.load_size, args.crop_size, args.seed)
-    bar = tqdm(total=last, initial=first, unit="step", disable=rank > 0, smoothing=0.05)
-    for step, (x, y, unreadable) in enumerate(batches(pairs, args, first, last, rank, world), first + 1):
-        epoch = (step - 1) // epoch_steps
-        lr = args.lr * lr_factor(epoch, args.epochs, args.decay_epochs)
-        losses = trainer.step(x.to(device, non_blocking=True), y.to(device, non_blocking=True), lr)
-        skipped += unreadable
-        bar.update()
-        epoch_ends = step % epoch_steps == 0 or step == last
-        saving = step % args.checkpoint_every == 0 or epoch_ends or interrupts
-        if step % 10 == 0 or saving:  # not each time: it makes a GPU wait
-            values = {"step": step, "epoch": epoch + 1, "lr": lr, "identity": 0.0}
-            values |= {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(values["total"] + values["D_X"] + values["D_Y"]):
-                raise InputError(f"a loss became infinite; {checkpoint} is the last good state: try a smaller --lr")
-            history.append([values[name] for name in COLUMNS])
-            bar.set_postfix_str(", ".join(f"{name} {values[name]:.2f}" for name in ("G", "F", "cycle", "D_X", "D_Y")))
-            for about, warning in diagnose(history).items():
-                if about not in warned and rank == 0:
-                    tqdm.write(f"warning: {warning}", file=sys.stderr)
-                warned.add(about)
-        if saving:
-            save(step)
-        if epoch_ends and rank == 0:
-            sheet = sample_sheet(trainer, x_samples, y_samples)
-            path = args.output / f"epoch_{epoch + 1:03d}.jpg"
-            save_image(sheet, path, provenance(command, step=step))
-        if interrupts:
-            bar.close()
+    bar = tqdm(total=last, initial=first, unit="step", disable=rank > 0)
+    try:
+        for step, (x, y, unreadable) in enumerate(batches(pairs, args, first, last, rank, world), first + 1):
+            epoch = (step - 1) // epoch_steps
+            lr = args.lr * lr_factor(epoch, args.epochs, args.decay_epochs)
+            losses = trainer.step(x.to(device, non_blocking=True), y.to(device, non_blocking=True), lr)
+            skipped += unreadable
+            bar.update()
+            stopping = bool(interrupts)
+            epoch_ends = step % epoch_steps == 0 or step == last
+            saving = step % args.checkpoint_every == 0 or epoch_ends or stopping
+            if step % 10 == 0 or saving:  # not each time: it makes a GPU wait
+                means = torch.stack([*losses.values()])
+                if world > 1:
+                    dist.all_reduce(means)
+                values = {"step": step, "epoch": epoch + 1, "lr": lr, "identity": 0.0}
+                values |= dict(zip(losses, (means / world).tolist(), strict=True))
+                history.append([values[name] for name in COLUMNS])
+                bar.set_postfix_str(", ".join(f"{name} {values[name]:.2f}" for name in SHOWN))
+                for about, warning in diagnose(history).items():
+                    if about not in warned and rank == 0:
+                        tqdm.write(f"warning: {warning}", file=sys.stderr)
+                    warned.add(about)
+                finite = all(map(math.isfinite, history[-1]))
+                if not finite or (saving and not all(p.isfinite().all() for p in trainer.model.parameters())):
+                    kept = f"{checkpoint} is the last good state: " if checkpoint.exists() else ""
+                    raise InputError(f"a loss became infinite; {kept}try a smaller --lr")
+            if epoch_ends and rank == 0:
+                sheet = sample_sheet(trainer, x_samples.to(device), y_samples.to(device))
+                path = args.output / f"epoch_{epoch + 1:03d}.jpg"
+                save_image(sheet, path, provenance(command, step=step))
+            if saving:
+                save(step)
+            if stopping:
+                raise SystemExit(130)
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, handler)
+        if interrupts and checkpoint.exists():
             print(f"interrupted: continue with --resume {checkpoint}", file=sys.stderr)
-            raise SystemExit(130)
-    bar.close()
-    signal.signal(signal.SIGINT, handler)
     if skipped:
         print(f"warning: {skipped} times a file could not be read", file=sys.stderr)
     if rank == 0:
@@ -677,6 +684,7 @@ def load_generator(path: Path, direction: str = "x2y") -> Generator:
             architecture = {"blocks": blocks, "width": len(weights["model.1.weight"])}
         network = Generator(**architecture)
         network.load_state_dict({name: value.float() for name, value in weights.items()})
+        network.published = "G" not in state
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"{path} is no model of cyclegan.py, nor a generator of its authors' code") from error
     if "G" not in state and direction == "y2x":
@@ -700,6 +708,8 @@ def translate_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     network = load_generator(args.model, args.direction).to(device)
+    if args.precision == "auto" and network.published:
+        precision = torch.float32  # the pixels that its authors' code gives
     print(f"computing on {device} in {str(precision).removeprefix('torch.')}", file=sys.stderr)
 
     def transform(path: Path) -> Tensor:

@@ -16,8 +16,9 @@ Where this departs from the paper:
   convolution in place of the transposed one, which leaves a checkerboard (Odena, Dumoulin, Olah 2016); reflection
   padding in every convolution in place of a large one at the start. The paper's network is that of
   `--norm batch --upsample transposed --padding start`.
-- The loss network is rescaled to mean activation 1 in every layer, as Gatys et al. do, so that the losses' weights mean
-  the same for VGG-16 and VGG-19. The total variation is a mean, so that its weight means the same at every size.
+- The loss network is rescaled so that every layer's mean activation over the style image is 1, so that the losses'
+  weights mean about the same for VGG-16 and VGG-19 (Gatys et al. do so for every filter, over ImageNet). The total
+  variation is a mean, so that its weight means the same at every size.
 - The content layer is relu2_2, as in the paper's text; the authors' released code has relu3_3.
 - The last layer's tanh gets a tenth of its argument, so that the first steps of training do not saturate it.
 """
@@ -48,7 +49,9 @@ from common import (
     InputError,
     check_output,
     find_images,
+    fingerprint,
     gram_matrix,
+    hold_out,
     load_checkpoint,
     load_image,
     number,
@@ -66,6 +69,7 @@ from common import (
 CONTENT_LAYER = "relu2_2"
 STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 MODEL = Path(__file__).parent / "models" / "auvers.pth"  # trained on examples/style.jpg, as the README says
+MARGIN = 8  # px that are added to each side of a picture before stylising it, and cut off again
 STRIP = 2**19  # pixels of a feature map that are convolved at a time, outside training
 
 
@@ -293,7 +297,11 @@ def batches(
         worker_init_fn=ignore_interrupts,
         pin_memory=torch.cuda.is_available(),
     )
-    return ((crops, int(skipped.sum())) for crops, skipped in loader)
+    try:
+        for crops, skipped in loader:
+            yield crops, int(skipped.sum())
+    except InputError as error:  # a worker's comes with a traceback in its text
+        raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from error
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -316,12 +324,16 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
+    if world > 1 and args.norm == "batch":
+        raise InputError("--norm batch looks at a whole batch: choose --norm instance, or one process")
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes")
-    files = find_images(args.data)
-    photos = Photos(files, args.image_size, args.seed)
+    check_output(args.output, (".pth", ".pt"))
     checkpoint = args.output.with_suffix(".checkpoint.pth")
-    check_output(args.output.with_suffix(".jpg"))
+    files = find_images(args.data)
+    held_out, files = hold_out(files, args.image_size)  # the sheet shows photos that the network is not trained on
+    held_out, photos = held_out.to(device), Photos(files, args.image_size, args.seed)
+    style = load_image(args.style, args.style_size)
 
     torch.manual_seed(args.seed)
     network = TransformNet(args.norm, args.upsample, args.padding).to(device)
@@ -329,7 +341,9 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     first, history = 0, []
     vgg = VGG([args.content_layer, *args.style_layers], args.vgg, args.vgg_weights).to(device)
     settings = {name: getattr(args, name) for name in FIXED} | {"style_layers": list(args.style_layers)}
-    settings |= {"vgg": vgg.arch, "precision": str(precision), "files": len(files)}
+    settings |= {"vgg": vgg.arch, "vgg_weights": fingerprint(*vgg.state_dict().values()), "style": fingerprint(style)}
+    settings |= {"data": fingerprint(*(str(path.relative_to(args.data)) for path in files)), "processes": world}
+    settings |= {"precision": str(precision)}
     if args.resume:
         state = load_checkpoint(args.resume)
         if "optimizer" not in state:
@@ -347,14 +361,10 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         raise InputError(f"{checkpoint} exists: continue it with --resume {checkpoint}, or choose another --output")
     if rank == 0:
         print(f"training on {device} in {str(precision).removeprefix('torch.')}: {len(files)} files", file=sys.stderr)
-    objective = Objective(vgg, load_image(args.style, args.style_size).to(device), args, precision)
-    if len(files) > 8:  # the sheet shows photos that the network is not trained on, unless there are too few
-        sample_files, photos.files = files[:4], files[4:]
-    else:
-        sample_files = files
-    samples = Photos(sample_files, args.image_size, args.seed)
-    held_out = torch.stack([samples[i][0] for i in range(4)]).to(device)
+    objective = Objective(vgg, style.to(device), args, precision)
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     f_W = DistributedDataParallel(network) if world > 1 else network
 
@@ -368,13 +378,13 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         state = {"iteration": iteration, "history": history, "optimizer": optimizer.state_dict()}
         with replacing(checkpoint) as path:
             torch.save(record | state | {"model": network.state_dict()}, path)
-        save_losses(history, args.output.with_suffix(""))
+        save_losses(history, args.output.with_suffix(".losses"))
         network.eval()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             painted = network(held_out)
         network.train()
         sheet = torch.cat([torch.cat([*row], -1) for row in (held_out, painted)], -2)  # photos above, results below
-        save_image(sheet, args.output.with_suffix(".jpg"), provenance(command, iteration=iteration))
+        save_image(sheet, args.output.with_suffix(".samples.jpg"), provenance(command, iteration=iteration))
 
     # Ctrl-C ends the training between two iterations, so that the checkpoint is whole; a second one ends it at once.
     interrupts: list[int] = []
@@ -384,33 +394,42 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         if world > 1 or len(interrupts) > 1:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    handler = signal.signal(signal.SIGINT, interrupt)
     skipped = 0
-    bar = tqdm(total=args.iterations, initial=first, unit="it", disable=rank > 0, smoothing=0)
-    for iteration, (x, unreadable) in enumerate(batches(photos, args, first, rank, world), first + 1):
-        x = x.to(device, non_blocking=True)
-        losses = objective(x, transform(x))
-        optimizer.zero_grad()
-        losses["total"].backward()
-        optimizer.step()
+    bar = tqdm(total=args.iterations, initial=first, unit="images", unit_scale=args.batch_size, disable=rank > 0)
+    try:
+        for iteration, (x, unreadable) in enumerate(batches(photos, args, first, rank, world), first + 1):
+            x = x.to(device, non_blocking=True)
+            losses = objective(x, transform(x))
+            optimizer.zero_grad()
+            losses["total"].backward()
+            optimizer.step()
 
-        skipped += unreadable
-        bar.update()
-        saving = iteration % args.checkpoint_every == 0 or iteration == args.iterations or interrupts
-        if iteration % 10 == 0 or saving:  # not each time: it makes a GPU wait
-            values = {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(values["total"]) or not all(p.isfinite().all() for p in network.parameters()):
-                raise InputError(f"the loss became infinite; {checkpoint} is the last good state: try a smaller --lr")
-            history.append([iteration, *values.values()])
-            bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in values.items()))
-        if saving and rank == 0:
-            with uninterrupted():
-                save(iteration)
-        if interrupts:
-            bar.close()
+            skipped += unreadable
+            bar.update()
+            stopping = bool(interrupts)
+            saving = iteration % args.checkpoint_every == 0 or iteration == args.iterations or stopping
+            if iteration % 10 == 0 or saving:  # not each time: it makes a GPU wait
+                values = torch.stack([*losses.values()]).detach()
+                if world > 1:
+                    dist.all_reduce(values)
+                values = (values / world).tolist()
+                if not math.isfinite(values[0]) or not all(p.isfinite().all() for p in network.parameters()):
+                    kept = f"{checkpoint} is the last good state: " if checkpoint.exists() else ""
+                    raise InputError(f"the loss became infinite; {kept}try a smaller --lr")
+                history.append([iteration, *values])
+                terms = zip(losses, values, strict=True)
+                bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in terms))
+            if saving and rank == 0:
+                with uninterrupted():
+                    save(iteration)
+            if stopping:
+                raise SystemExit(130)
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, handler)
+        if interrupts and checkpoint.exists():
             print(f"interrupted: continue with --resume {checkpoint}", file=sys.stderr)
-            raise SystemExit(130)
-    bar.close()
     if rank == 0:
         half = {name: value.half() for name, value in network.state_dict().items()}
         with uninterrupted(), replacing(args.output) as path:
@@ -419,6 +438,8 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         print(f"warning: {skipped} times a file could not be read", file=sys.stderr)
     if rank == 0:
         print(args.output)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def save_losses(history: Sequence[Sequence[float]], stem: Path) -> None:
@@ -462,10 +483,15 @@ def load_network(path: Path) -> TransformNet:
 def stylize(
     network: TransformNet, image: Tensor, strength: float = 1.0, precision: torch.dtype = torch.float32
 ) -> Tensor:
-    """Stylise (B, 3, H, W) in [0, 1]; `strength` blends from the input (0) to the network's output (1)."""
+    """Stylise (B, 3, H, W) in [0, 1]; `strength` blends from the input (0) to the network's output (1).
+
+    The zero padding of VGG teaches a network to paint a faint frame. It does so in a margin, which is cut off.
+    """
+    height, width = image.shape[-2:]
+    margin = 0 if network.architecture["output"] == "linear" else MARGIN  # a published model's pixels stay as they are
     with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        painted = network(image)
-    return torch.lerp(image, painted, strength)
+        painted = network(reflect(image, margin) if margin else image)
+    return torch.lerp(image, painted[..., margin : margin + height, margin : margin + width], strength)
 
 
 def stylize_files(args: argparse.Namespace, command: Sequence[str]) -> None:
@@ -474,6 +500,8 @@ def stylize_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     precision = pick_precision(args.precision, device)
     model = args.model or MODEL
     network = load_network(model).to(device)
+    if args.precision == "auto" and network.architecture["output"] == "linear":
+        precision = torch.float32  # a published model gives the pixels that it gives there
     print(f"computing on {device} in {str(precision).removeprefix('torch.')}", file=sys.stderr)
 
     def transform(path: Path) -> Tensor:

@@ -340,26 +340,27 @@ def test_test_folders_are_used_for_the_samples(folders, tmp_path):
     root.mkdir()
     for part, folder in zip(("trainA", "trainB", "testA"), [*folders, folders[1]], strict=True):
         shutil.copytree(folder, root / part)
-    (X, samples_X), (Y, samples_Y) = cyclegan.domains([str(root)])
+    (X, x_samples), (Y, y_samples) = cyclegan.domains([str(root)], 32)
     assert (len(X), len(Y)) == (5, 3)
-    assert all("testA" in str(path) for path in samples_X)
-    assert samples_Y == Y[:4]  # without a testB
+    expected = [common.load_image(path, 32, center_crop=True) for path in common.find_images(root / "testA")]
+    assert torch.equal(x_samples, torch.cat(expected))
+    assert len(y_samples) == 3  # of trainB, as there is no testB
     for i in range(6):
         shutil.copy(X[0], folders[0] / f"{i}.png")
-    (X, samples_X), _ = cyclegan.domains([str(folder) for folder in folders])
-    assert len(samples_X) == 4
-    assert len(X) == 7
-    assert not set(X) & set(samples_X)
+    common.find_images(folders[0])[0].write_text("no picture")
+    (X, x_samples), _ = cyclegan.domains([str(folder) for folder in folders], 32)
+    assert len(x_samples) == 4
+    assert [path for i, path in enumerate(common.find_images(folders[0])) if i not in (1, 2, 3, 4)] == X
 
 
 # --- Download, from a server on the loopback address ---
 
 
-def archive(names=("trainA/a.png", "trainB/b.png", "testA/c.png"), root="horse2zebra/"):
+def archive(names=("trainA/a.png", "trainB/b.png", "testA/c.png"), root="horse2zebra/", method=zipfile.ZIP_STORED):
     picture = io.BytesIO()
-    Image.effect_noise((64, 64), 80).save(picture, "png")
+    Image.effect_noise((64, 64), 80).save(picture, "bmp")
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as file:
+    with zipfile.ZipFile(data, "w", method) as file:
         for name in names:
             file.writestr(root + name if not name.startswith(("/", "..")) else name, picture.getvalue())
     return data.getvalue()
@@ -397,7 +398,7 @@ def test_a_set_is_downloaded_once(server, tmp_path):
     names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert names == [f"data/horse2zebra/{name}" for name in ("testA/c.png", "trainA/a.png", "trainB/b.png")]
     server.body = b"nothing more"
-    (X, _), (Y, _) = cyclegan.domains(["horse2zebra"])
+    (X, _), (Y, _) = cyclegan.domains(["horse2zebra"], 32)
     assert [p.name for p in (*X, *Y)] == ["a.png", "b.png"]
 
 
@@ -412,9 +413,10 @@ def test_a_download_cut_short_is_no_set(server, tmp_path, told):
     assert cyclegan.download("horse2zebra").is_dir()
 
 
-def test_a_damaged_archive_is_no_set(server, tmp_path):
-    body = bytearray(server.body)
-    body[200] ^= 255  # in the pixels
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_is_no_set(server, tmp_path, method):
+    body = bytearray(archive(method=method))
+    body[100:1000] = bytes(900)  # in the first picture
     server.body = bytes(body)
     with pytest.raises(InputError, match="damaged"):
         cyclegan.download("horse2zebra")
@@ -502,17 +504,25 @@ def test_killed_at_any_moment(folders, tmp_path):
     assert all(equal(a[name], b[name]) for name in STATE)
 
 
-def test_ctrl_c_writes_a_checkpoint(folders, tmp_path):
-    command = [sys.executable, ROOT / "cyclegan.py", "train", *TINY.split(), *folders, "-o", tmp_path / "a"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "a" / "epoch_001.jpg").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(folders, tmp_path):
+    """Sent to the workers as well, as a terminal does; the checkpoint is of a step that is no regular one."""
+    arguments = [*folders, "-o", tmp_path / "a", "--workers", 2, "--epochs", 0, "--decay-epochs", 100000]
+    command = [sys.executable, ROOT / "cyclegan.py", "train", *TINY.split(), *arguments]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, start_new_session=True)
+    shown = b""
+    while b"D_X" not in shown:  # in the progress bar, from step 5 on
+        shown += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "--resume" in err.splitlines()[-1]
+    assert b"Traceback" not in err
+    checkpoint = tmp_path / "a" / "checkpoint.pth"
+    assert f"--resume {checkpoint}".encode() in err.splitlines()[-1]
+    reached = torch.load(checkpoint, weights_only=True)["step"]
+    train(*arguments, "--max-steps", reached + 2, "--resume", checkpoint)
+    train(*folders, "-o", tmp_path / "b", *arguments[6:], "--max-steps", reached + 2)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
+    assert all(equal(a[name], b[name]) for name in STATE)
 
 
 def test_what_a_training_leaves(folders, tmp_path):
@@ -537,6 +547,60 @@ def test_what_a_training_leaves(folders, tmp_path):
                 assert torch.allclose(value, state[key], rtol=0 if precise else 1e-3, atol=0 if precise else 1e-6)
 
 
+def test_discriminators_are_shown_what_the_pool_gives(monkeypatch):
+    x, y = torch.rand(2, 1, 3, 32, 32)
+    t, shown = trainer(pool_size=3), []
+    for pool, value in ((t.pool_X, 0.25), (t.pool_Y, 0.75)):
+        pool.query(torch.full((3, 3, 32, 32), value))
+    loss = cyclegan.discriminator_loss
+    monkeypatch.setattr(
+        cyclegan, "discriminator_loss", lambda D, real, fake: shown.append((real, fake)) or loss(D, real, fake)
+    )
+    for _ in range(20):
+        t.step(x, y, 1e-4)
+    for k, (real, value) in enumerate(((x, 0.25), (y, 0.75))):
+        assert all(torch.equal(r, real) for r, _ in shown[k::2])
+        assert sum(bool((fake == value).all()) for _, fake in shown[k::2]) == 3  # each of the old ones, once
+
+
+def test_the_learning_rate_falls_as_scheduled(folders, tmp_path, monkeypatch):
+    rates, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, x, y, lr: rates.append(lr) or step(self, x, y, lr))
+    train(*folders, "-o", tmp_path / "run", "--epochs", 1, "--decay-epochs", 2, "--lr", "1e-3")
+    assert rates == pytest.approx([1e-3] * 10 + [5e-4] * 5)
+    state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert [state[name]["param_groups"][0]["lr"] for name in ("optimizer_G", "optimizer_D")] == [5e-4] * 2
+
+
+def test_the_sheet_shows_both_ways():
+    t, x, y = trainer(), torch.rand(2, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    G, F = t.model.G, t.model.F
+    sheet = cyclegan.sample_sheet(t, x, y)
+    with torch.no_grad():
+        columns = [x, G(x), F(G(x)), F(x)], [y, F(y), G(F(y)), G(y)]
+    for half, images in enumerate(columns):
+        for column, image in enumerate(images):
+            left = half * (4 * 32 + 8) + column * 32
+            assert torch.allclose(sheet[:, :32, left : left + 32], image[0], atol=1e-6)
+    assert (sheet[:, 32:, 4 * 32 :] == 1).all()  # y has one row only
+
+
+def test_broken_weights_are_never_saved(folders, tmp_path, monkeypatch, capsys):
+    step = Trainer.step
+
+    def breaking(self, x, y, lr):
+        losses = step(self, x, y, lr)  # which are finite
+        next(self.model.G.parameters()).data[0] = math.nan
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", breaking)
+    with pytest.raises(SystemExit) as exit_:
+        train(*folders, "-o", tmp_path / "a", "--max-steps", 1)
+    assert exit_.value.code == 2
+    assert "--lr" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "a" / "checkpoint.pth").exists()
+
+
 def test_one_bad_test_picture_does_not_end_a_training(folders, tmp_path):
     common.find_images(folders[0])[0].write_text("no picture")
     train(*folders, "-o", tmp_path / "run", "--max-steps", 5)
@@ -557,6 +621,10 @@ def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
         ([*arguments, "--resume", text], "damaged"),
         ([*folders, "--load-size", 33, "--crop-size", 64], "--load-size"),
         ([*folders, "--crop-size", 45], "multiple of 4"),
+        ([*folders, "--crop-size", 28], "--crop-size"),
+        ([*folders, "--export", "small"], ".pth"),
+        ([*folders, "-o", tmp_path / "c", "--export", tmp_path / "c" / "checkpoint.pth"], "the checkpoint itself"),
+        ([folders[1], folders[0], "-o", tmp_path / "a", "--resume", checkpoint], "X "),
         ([*folders, "--epochs", -1], "--epochs"),
         ([folders[0], tmp_path / "empty"], "no images"),
         ([folders[0], tmp_path / "missing"], "no such folder"),
@@ -760,7 +828,7 @@ def test_the_readme_documents_every_flag_and_its_default():
     for line in section.splitlines():
         if line.startswith("| `--") and line.split("|")[3].strip():
             flags = re.findall(r"--([a-z0-9-]+)", line.split("|")[1])
-            for flag, value in zip(flags, line.split("|")[3].split(","), strict=True):
+            for flag, value in zip(flags, line.split("|")[3].split(","), strict=False):  # --resume has none
                 default = args[flag.replace("-", "_")]
                 assert value.strip() == str(default) or default is None or float(value) == default, flag
 

@@ -251,44 +251,70 @@ def test_killed_at_any_moment(folder, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ctrl_c_writes_a_checkpoint(folder, tmp_path):
-    command = ["train", "--style", STYLE, *TINY.split(), *TINY_LAYERS, "--data", folder, "-o", tmp_path / "a.pth"]
-    command += ["--checkpoint-every", 20, "--iterations", 100000, "--workers", 2]
+def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(folder, tmp_path):
+    """Sent to the workers as well, as a terminal does; the checkpoint is of a step that is no regular one."""
+    arguments = ["--data", folder, "-o", tmp_path / "a.pth", "--workers", 2, "--checkpoint-every", 1000000]
+    command = ["train", "--style", STYLE, *TINY.split(), *TINY_LAYERS, *arguments, "--iterations", 100000]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "johnson.py", *map(str, command)], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "a.jpg").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+        [sys.executable, ROOT / "johnson.py", *map(str, command)],
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    shown = b""
+    while b"total" not in shown:  # in the progress bar, from iteration 10 on
+        shown += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "--resume" in err.splitlines()[-1]
+    assert b"Traceback" not in err
+    checkpoint = tmp_path / "a.checkpoint.pth"
+    assert f"--resume {checkpoint}".encode() in err.splitlines()[-1]
+    reached = torch.load(checkpoint, weights_only=True)["iteration"]
+    assert 10 <= reached < 100000
+    train(*arguments, "--iterations", reached + 2, "--resume", checkpoint)
+    train("--data", folder, "-o", tmp_path / "b.pth", "--iterations", reached + 2)
+    a, b = (torch.load(tmp_path / f"{name}.checkpoint.pth", weights_only=True)["model"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_no_readable_photo_is_one_line_from_a_worker_too(folder, tmp_path, capsys):
+    for i in range(5, 12):
+        shutil.copy(folder / "0" / "0.png", folder / "0" / f"{i}.png")
+    files = johnson.find_images(folder)
+    for path in files[4:]:  # the first four are held out
+        path.write_text("no picture")
+    with pytest.raises(SystemExit) as exit_:
+        train("--data", folder, "--iterations", 1, "--workers", 1, "-o", tmp_path / "a.pth")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: none of the files in --data can be read as an image"
 
 
 def test_what_a_training_leaves(folder, tmp_path):
     train("--data", folder, "--iterations", 11, "-o", tmp_path / "new" / "a.pth", "--workers", 0)
-    names = ["a.checkpoint.pth", "a.csv", "a.jpg", "a.png", "a.pth"]
+    names = ["a.checkpoint.pth", "a.losses.csv", "a.losses.png", "a.pth", "a.samples.jpg"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
-    rows = (tmp_path / "new" / "a.csv").read_text().splitlines()
+    rows = (tmp_path / "new" / "a.losses.csv").read_text().splitlines()
     assert rows[0] == "iteration,total,content,style,variation"
     assert [row.split(",")[0] for row in rows[1:]] == ["10", "11"]
     assert (tmp_path / "new" / "a.pth").stat().st_size < 4e6
     model = torch.load(tmp_path / "new" / "a.pth", weights_only=True)
     assert model["settings"]["style_weight"] == 5.0
     assert model["architecture"] == {"norm": "instance", "upsample": "nearest", "padding": "reflect", "output": "tanh"}
-    with Image.open(tmp_path / "new" / "a.jpg") as sheet:
+    with Image.open(tmp_path / "new" / "a.samples.jpg") as sheet:
         assert sheet.size == (4 * 16, 2 * 16)
 
 
 def test_resuming_with_other_hyperparameters_names_the_difference(folder, tmp_path, capsys):
     arguments = ["--data", folder, "--workers", 0, "-o", tmp_path / "a.pth", "--iterations", 1]
     train(*arguments)
+    other = tmp_path / "other.pth"
+    state = VGG(["relu5_3"], "vgg16", "random").features.state_dict()
+    torch.save({name: value * 2 for name, value in state.items()}, other)
     for changes, words in (
         (["--lr", "0.5"], ["lr 0.001", "0.5"]),
         (["--style-layers", "relu1_1"], ["style_layers"]),
         (["--padding", "start"], ["padding reflect", "start"]),
+        (["--style", ROOT / "examples" / "portrait.jpg"], ["style "]),
+        (["--vgg-weights", other], ["vgg_weights "]),
     ):
         with pytest.raises(SystemExit) as exit_:
             train(*arguments, "--resume", tmp_path / "a.checkpoint.pth", *changes)
@@ -297,6 +323,11 @@ def test_resuming_with_other_hyperparameters_names_the_difference(folder, tmp_pa
         assert error.startswith("error: ")
         assert all(word in error for word in words)
     train(*arguments, "--resume", tmp_path / "a.checkpoint.pth", "--style-layers", "relu1_1", "relu2_1")  # the same
+    first = johnson.find_images(folder)[0]
+    first.rename(first.with_stem("z"))
+    with pytest.raises(SystemExit):
+        train(*arguments, "--resume", tmp_path / "a.checkpoint.pth")
+    assert "data " in capsys.readouterr().err
     with pytest.raises(SystemExit):  # and no training is overwritten by another one
         train(*arguments)
     assert "--resume" in capsys.readouterr().err
@@ -324,13 +355,14 @@ def test_resuming_a_finished_training_writes_its_model(folder, tmp_path, capsys)
 def test_the_sheet_shows_photos_that_are_held_out(folder, tmp_path, monkeypatch):
     for i in range(5, 10):
         shutil.copy(folder / "0" / "0.png", folder / "0" / f"{i}.png")
+    johnson.find_images(folder)[0].write_text("no picture")
     read, load = [], johnson.load_image
     monkeypatch.setattr(johnson, "load_image", lambda path, *a, **k: read.append(path) or load(path, *a, **k))
     train("--data", folder, "--iterations", 10, "--workers", 0, "-o", tmp_path / "a.pth")
-    held_out, trained = set(johnson.find_images(folder)[:4]), read[5:]  # after the style and the four samples
-    assert set(read[1:5]) == held_out
+    broken, *held_out = johnson.find_images(folder)[:5]
+    trained = [path for path in read[1:] if path != broken]  # after the style
     assert len(trained) == 20
-    assert not held_out & set(trained)
+    assert not set(held_out) & set(trained)
 
 
 def test_an_infinite_loss_keeps_the_last_good_checkpoint(folder, tmp_path, capsys):
@@ -443,6 +475,17 @@ def test_what_is_no_model(tmp_path, kind):
         load_network(path)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 70), (37, 53)])
+def test_a_margin_hides_the_frame(size):
+    """The result is the middle of that of a picture with a reflected margin, however small it is."""
+    network, x = TransformNet().eval(), torch.rand(1, 3, *size)
+    y = stylize(network, x)
+    assert y.shape == x.shape
+    with torch.inference_mode():
+        wide = network(johnson.reflect(x, 8))
+    assert torch.equal(y, wide[..., 8:-8, 8:-8])
+
+
 def test_strength_blends():
     network, x = TransformNet().eval(), torch.rand(1, 3, 16, 16)
     full = stylize(network, x)
@@ -529,6 +572,9 @@ def test_the_readmes_commands_work(folder, tmp_path, monkeypatch):
         (["train", "--style", STYLE, "--data", ROOT / "examples", "--content-layer", "relu9_1"], "relu9_1"),
         (["train", "--style", "missing.jpg", "--data", ROOT / "examples", "--vgg-weights", "random"], "missing.jpg"),
         (["train", "--style", STYLE, "--data", ROOT / "examples", "--resume", "missing.pth"], "missing.pth"),
+        (["train", "--style", STYLE, "--data", ROOT / "examples", "-o", "model"], ".pth"),
+        (["train", "--style", STYLE, "--data", ROOT / "examples", "-o", "."], ".pth"),
+        (["stylize", STYLE, "-o", STYLE], "is the input"),
         (["train", "--style", STYLE, "--data", ROOT / "examples", "--style-weight", "nan"], "--style-weight"),
         ([], "command"),
     ],
