@@ -16,6 +16,7 @@ import shlex
 import signal
 import socket
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -382,7 +383,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{os.getpid()}-{path.name}")
+    return path.with_name(f".{os.getpid()}{path.suffix}")  # short: the name may be as long as the system allows
 
 
 def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
@@ -483,21 +484,20 @@ def transform_files(
 ) -> None:
     """Write `transform(path)` for every image among `inputs` and in their folders, to where `plan_outputs` says.
 
-    Of several images, one that cannot be read is passed over with a warning, and the exit status is 1 in the end.
+    Of several images, one that fails is passed over with a warning, and the exit status is 1 in the end.
     """
     pairs = plan_outputs(inputs, output, tag)
     unreadable = 0
     for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
         try:
-            result = transform(source)
-        except InputError as error:
+            save_image(transform(source), target, metadata)
+        except (InputError, OSError) as error:
             if len(pairs) == 1:
                 raise
-            tqdm.write(f"warning: {error}", file=sys.stderr)
+            tqdm.write(f"warning: {source}: {error}", file=sys.stderr)
             unreadable += 1
-            continue
-        save_image(result, target, metadata)
-        tqdm.write(str(target))
+        else:
+            tqdm.write(str(target))
     if unreadable:
         print(f"{unreadable} of {len(pairs)} files were passed over", file=sys.stderr)
         raise SystemExit(1)
@@ -508,12 +508,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no such file: {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(record=True):  # of old formats
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler fed with a foreign file can raise anything
         raise InputError(f"{path} is no checkpoint, or is damaged") from error
     if not isinstance(state, dict):
         raise InputError(f"{path} is no checkpoint")
     return state
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write what `load_checkpoint` reads, whole or not at all, and not to be interrupted."""
+    try:
+        with uninterrupted(), replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's writer gives no reason
+        raise InputError(f"cannot write {path}: is the disk full?") from error
 
 
 # --- Device and precision ----------------------------------------------------------------------------------
@@ -584,18 +594,21 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     else:
         return
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Pass over Ctrl-C in the block, which is short and must be done whole."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Put off Ctrl-C to the end of the block, which is short and must be done whole."""
+    late: list[tuple] = []
+    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: late.append(signal_and_frame))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+    if late and callable(handler):
+        handler(*late[0])
 
 
 def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
@@ -617,5 +630,6 @@ def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Ca
 def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
     """What `save_image` stores in a picture: the command that made it, the versions, and `more`."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}"
-    command = shlex.join(argv).encode("utf-8", "backslashreplace").decode()  # a file name need not be valid Unicode
-    return {"command": command, "versions": versions} | {key: str(value) for key, value in more.items()}
+    # A file name need not be valid Unicode.
+    texts = {"command": shlex.join(argv), "versions": versions} | {key: str(value) for key, value in more.items()}
+    return {key: text.encode("utf-8", "backslashreplace").decode() for key, text in texts.items()}

@@ -59,9 +59,9 @@ from common import (
     pick_precision,
     provenance,
     replacing,
+    save_checkpoint,
     save_image,
     transform_files,
-    uninterrupted,
 )
 
 # --- Networks ----------------------------------------------------------------------------------------------
@@ -510,6 +510,8 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes")
     checkpoint = args.output / "checkpoint.pth"
     check_output(checkpoint)
+    if any(checkpoint.resolve().is_relative_to(Path(folder).resolve()) for folder in args.data):
+        raise InputError(f"{args.output} is among the pictures to train on: choose another --output")
     if args.export:
         check_output(args.export, (".pth", ".pt"))
         if args.export.resolve() == checkpoint.resolve():
@@ -531,16 +533,19 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     first, history = 0, []  # type: int, list[list[float]]
     if args.resume:
         state = load_checkpoint(args.resume)
-        if "optimizer_G" not in state:
-            raise InputError(f"{args.resume} is no training to resume: name a checkpoint.pth that train has written")
-        for name, value in settings.items():
-            before = state.get("settings", {}).get(name)
-            if before != value:
-                raise InputError(f"{args.resume} was trained with {name} {before}, not {value}")
-        trainer.load_state_dict(state, rank)
-        first, history = state["step"], state["history"]
-    elif checkpoint.exists():
-        raise InputError(f"{checkpoint} exists: continue it with --resume {checkpoint}, or choose another --output")
+        try:
+            for name, value in settings.items():
+                before = state["settings"].get(name)
+                if before != value:
+                    raise InputError(f"{args.resume} was trained with {name} {before}, not {value}")
+            trainer.load_state_dict(state, rank)
+            first, history = int(state["step"]), list(state["history"])
+        except InputError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{args.resume} is no training to resume: name a checkpoint.pth of train") from error
+    if checkpoint.exists() and not (args.resume and args.resume.resolve() == checkpoint.resolve()):
+        raise InputError(f"{checkpoint} exists: continue with --resume {checkpoint}, or choose another --output")
     epoch_steps = math.ceil(max(len(X), len(Y)) / args.batch_size)
     last = epoch_steps * (args.epochs + args.decay_epochs)
     last = min(last, args.max_steps or last)
@@ -554,8 +559,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     def save(step: int) -> None:
         state = trainer.state_dict()  # of all processes
         if rank == 0:
-            with uninterrupted(), replacing(checkpoint) as path:
-                torch.save(record | {"step": step, "history": history} | state, path)
+            save_checkpoint(record | {"step": step, "history": history} | state, checkpoint)
             if history:
                 save_losses(history, args.output)
             if args.export:
@@ -617,9 +621,9 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
             print(f"interrupted: continue with --resume {checkpoint}", file=sys.stderr)
     if skipped:
         print(f"warning: {skipped} times a file could not be read", file=sys.stderr)
+    if first == last:  # a finished training
+        save(last)
     if rank == 0:
-        if first == last and args.export:  # a finished training
-            export(args.export, record, trainer.model)
         print(checkpoint)
     if world > 1:
         dist.destroy_process_group()
@@ -642,8 +646,7 @@ def sample_sheet(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
 def export(path: Path, record: dict[str, Any], model: CycleGAN) -> None:
     """Write G and F alone, in half precision."""
     half = {name: {k: v.half() for k, v in getattr(model, name).state_dict().items()} for name in ("G", "F")}
-    with uninterrupted(), replacing(path) as temporary:
-        torch.save(record | half, temporary)
+    save_checkpoint(record | half, path)
 
 
 def save_losses(history: Sequence[Sequence[float]], folder: Path) -> None:
@@ -740,16 +743,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lambda-cycle", type=number(), default=10.0, help="λ of Eq. 3")
     add("--lambda-identity", type=number(), default=0.5, help="weight of the identity loss, relative to λ")
     add("--pool-size", type=number(int), default=50, help="made pictures that are kept to be shown again")
-    add("--lr", type=number(), default=2e-4, help="learning rate of Adam")
+    add("--lr", type=number(most=1e30), default=2e-4, help="learning rate of Adam")
     add("--beta1", type=number(most=0.999), default=0.5, help="of Adam")
     add("--batch-size", type=number(int, 1), default=1, help="pictures of each domain a step")
     add("--epochs", type=number(int), default=100, help="with that learning rate; the larger domain once is an epoch")
     add("--decay-epochs", type=number(int), default=100, help="after them, in which it falls linearly to 0")
     add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
-    add("--load-size", type=number(int, 32), help="shorter side of a picture, in px (default: 286/256 of --crop-size)")
-    add("--crop-size", type=number(int, 32), default=256, help="side of the training crops, in px")
-    add("--blocks", type=number(int, 1), help="residual blocks (default: 9; 6 for crops up to 128 px)")
-    add("--width", type=number(int, 1), default=64, help="channels of the networks' first layer")
+    add(
+        "--load-size",
+        type=number(int, 32, 65536),
+        help="shorter side of a picture, in px (default: 286/256 of --crop-size)",
+    )
+    add("--crop-size", type=number(int, 32, 65536), default=256, help="side of the training crops, in px")
+    add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 for crops up to 128 px)")
+    add("--width", type=number(int, 1, 4096), default=64, help="channels of the networks' first layer")
     add("--workers", type=number(int), default=2, help="processes that load pictures")
     add("--seed", type=number(int, most=2**30), default=0, help="of the initial weights, the order and the crops")
     add(
@@ -769,7 +776,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, required=True, help="of train, or a generator of the authors' code")
     add("--direction", choices=["x2y", "y2x"], default="x2y", help="G or F")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
-    add("--image-size", type=number(int, 1), help="longer side of the result, in px (default: the input's own)")
+    add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
 
     for sub in commands.choices.values():
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")

@@ -61,9 +61,9 @@ from common import (
     provenance,
     replacing,
     rescale,
+    save_checkpoint,
     save_image,
     transform_files,
-    uninterrupted,
 )
 
 CONTENT_LAYER = "relu2_2"
@@ -330,6 +330,8 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes")
     check_output(args.output, (".pth", ".pt"))
     checkpoint = args.output.with_suffix(".checkpoint.pth")
+    if args.output.resolve().is_relative_to(args.data.resolve()):
+        raise InputError(f"{args.output} is in {args.data}, among the photos: choose another --output")
     files = find_images(args.data)
     held_out, files = hold_out(files, args.image_size)  # the sheet shows photos that the network is not trained on
     held_out, photos = held_out.to(device), Photos(files, args.image_size, args.seed)
@@ -346,19 +348,23 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     settings |= {"precision": str(precision)}
     if args.resume:
         state = load_checkpoint(args.resume)
-        if "optimizer" not in state:
-            raise InputError(f"{args.resume} is no training to resume: name a .checkpoint.pth that train has written")
-        for name, value in settings.items():
-            before = state.get("settings", {}).get(name)
-            if before != value:
-                raise InputError(f"{args.resume} was trained with {name} {before}, not {value}")
-        network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, history = state["iteration"], state["history"]
+        try:
+            for name, value in settings.items():
+                before = state["settings"].get(name)
+                if before != value:
+                    raise InputError(f"{args.resume} was trained with {name} {before}, not {value}")
+            network.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            first, history = int(state["iteration"]), list(state["history"])
+        except InputError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{args.resume} is no training to resume: name a .checkpoint.pth of train") from error
         if first > args.iterations:
             raise InputError(f"{args.resume} has had {first} iterations already: choose --iterations {first} or more")
-    elif checkpoint.exists():
-        raise InputError(f"{checkpoint} exists: continue it with --resume {checkpoint}, or choose another --output")
+    for path in (checkpoint, args.output):
+        if path.exists() and not (args.resume and args.resume.resolve() == checkpoint.resolve()):
+            raise InputError(f"{path} exists: continue with --resume {checkpoint}, or choose another --output")
     if rank == 0:
         print(f"training on {device} in {str(precision).removeprefix('torch.')}: {len(files)} files", file=sys.stderr)
     objective = Objective(vgg, style.to(device), args, precision)
@@ -376,8 +382,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
 
     def save(iteration: int) -> None:
         state = {"iteration": iteration, "history": history, "optimizer": optimizer.state_dict()}
-        with replacing(checkpoint) as path:
-            torch.save(record | state | {"model": network.state_dict()}, path)
+        save_checkpoint(record | state | {"model": network.state_dict()}, checkpoint)
         save_losses(history, args.output.with_suffix(".losses"))
         network.eval()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -421,8 +426,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
                 terms = zip(losses, values, strict=True)
                 bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in terms))
             if saving and rank == 0:
-                with uninterrupted():
-                    save(iteration)
+                save(iteration)
             if stopping:
                 raise SystemExit(130)
     finally:
@@ -432,8 +436,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
             print(f"interrupted: continue with --resume {checkpoint}", file=sys.stderr)
     if rank == 0:
         half = {name: value.half() for name, value in network.state_dict().items()}
-        with uninterrupted(), replacing(args.output) as path:
-            torch.save(record | {"iteration": args.iterations, "model": half}, path)
+        save_checkpoint(record | {"iteration": args.iterations, "model": half}, args.output)
     if skipped:
         print(f"warning: {skipped} times a file could not be read", file=sys.stderr)
     if rank == 0:
@@ -524,7 +527,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, or folder of pictures")
     add("--model", type=Path, help="of train, or of pytorch/examples (default: models/auvers.pth, a Van Gogh)")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<model>.png)")
-    add("--image-size", type=number(int, 1), help="longer side of the result, in px (default: the input's own)")
+    add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
     add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's output")
 
     sub = commands.add_parser("train", help="make a model of a style", description="Train a network for a style.")
@@ -538,11 +541,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tv-weight", type=number(), default=4.0, help="λ_TV of Eq. 5")
     add("--content-layer", default=CONTENT_LAYER, metavar="LAYER", help="of relu1_1 … relu5_3")
     add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_3")
-    add("--image-size", type=number(int, 8), default=256, help="side of the training crops, in px")
-    add("--style-size", type=number(int, 16), default=512, help="longer side of the painting, in px")
+    add("--image-size", type=number(int, 8, 65536), default=256, help="side of the training crops, in px")
+    add("--style-size", type=number(int, 16, 65536), default=512, help="longer side of the painting, in px")
     add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")
     add("--iterations", type=number(int, 1), default=40000, help="of Adam")
-    add("--lr", type=number(), default=1e-3, help="learning rate")
+    add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
     add("--norm", choices=["instance", "batch"], default="instance", help="the paper's is batch")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--padding", choices=["reflect", "start"], default="reflect", help="the paper's is start")

@@ -611,7 +611,9 @@ def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
     arguments = [*folders, "-o", tmp_path / "a", "--max-steps", 1]
     train(*arguments)
     checkpoint = tmp_path / "a" / "checkpoint.pth"
-    text = tmp_path / "text.pth"
+    text, other, broken = (tmp_path / f"{name}.pth" for name in ("text", "other", "broken"))
+    shutil.copy(checkpoint, other)
+    torch.save(torch.load(checkpoint, weights_only=True) | {"pools": []}, broken)
     text.write_text("no checkpoint")
     (tmp_path / "empty").mkdir()
     cases = [
@@ -624,6 +626,10 @@ def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
         ([*folders, "--crop-size", 28], "--crop-size"),
         ([*folders, "--export", "small"], ".pth"),
         ([*folders, "-o", tmp_path / "c", "--export", tmp_path / "c" / "checkpoint.pth"], "the checkpoint itself"),
+        ([*folders, "-o", folders[0] / "run"], "among the pictures"),
+        ([*folders, "-o", tmp_path / "a", "--resume", tmp_path / "b" / "checkpoint.pth"], "no such file"),
+        ([*folders, "-o", tmp_path / "a", "--resume", other], "exists"),
+        ([*folders, "-o", tmp_path / "d", "--resume", broken], "no training to resume"),
         ([folders[1], folders[0], "-o", tmp_path / "a", "--resume", checkpoint], "X "),
         ([*folders, "--epochs", -1], "--epochs"),
         ([folders[0], tmp_path / "empty"], "no images"),

@@ -346,10 +346,34 @@ def test_resuming_a_finished_training_writes_its_model(folder, tmp_path, capsys)
     with pytest.raises(SystemExit):
         train(*arguments, "--iterations", 1, "--resume", checkpoint)
     assert "2 iterations already" in capsys.readouterr().err
-    torch.save({"optimizer": {}, "model": {}}, checkpoint)  # of something else
-    with pytest.raises(SystemExit) as exit_:
-        train(*arguments, "--iterations", 2, "--resume", checkpoint)
-    assert exit_.value.code == 2
+    state = torch.load(checkpoint, weights_only=True)
+    for change in ({"settings": [1]}, {"model": {}}, {"optimizer": {}}, {"optimizer": 1}, {"iteration": None}):
+        torch.save(state | change, checkpoint)
+        with pytest.raises(SystemExit) as exit_:
+            train(*arguments, "--iterations", 2, "--resume", checkpoint)
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_no_training_overwrites_another(folder, tmp_path, capsys):
+    arguments = ["--data", folder, "--workers", 0, "--iterations", 1]
+    for name in "ab":
+        train(*arguments, "-o", tmp_path / f"{name}.pth")
+    (tmp_path / "c.pth").write_text("a model")
+    (tmp_path / "s.jpg").write_bytes(STYLE.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for case in (
+        ["-o", tmp_path / "b.pth", "--resume", tmp_path / "a.checkpoint.pth"],
+        ["-o", tmp_path / "c.pth"],
+        ["-o", tmp_path / "s.jpg"],
+        ["-o", folder / "d.pth"],
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            train(*arguments, *case)
+        assert exit_.value.code == 2
+        assert "choose another --output" in (error := capsys.readouterr().err) or "suffix" in error
+    train(*arguments, "-o", tmp_path / "s.pth", "--style", tmp_path / "s.jpg")
+    assert all(path.read_bytes() == data for path, data in before.items())
 
 
 def test_the_sheet_shows_photos_that_are_held_out(folder, tmp_path, monkeypatch):
@@ -568,7 +592,7 @@ def test_the_readmes_commands_work(folder, tmp_path, monkeypatch):
         (["stylize", STYLE, STYLE, "-o", "a.png"], "a.png"),
         (["train", "--data", "."], "--style"),
         (["train", "--style", STYLE, "--data", "missing"], "missing"),
-        (["train", "--style", STYLE, "--data", "."], "no images"),
+        (["train", "--style", STYLE, "--data", ".", "-o", "../a.pth"], "no images"),
         (["train", "--style", STYLE, "--data", ROOT / "examples", "--content-layer", "relu9_1"], "relu9_1"),
         (["train", "--style", "missing.jpg", "--data", ROOT / "examples", "--vgg-weights", "random"], "missing.jpg"),
         (["train", "--style", STYLE, "--data", ROOT / "examples", "--resume", "missing.pth"], "missing.pth"),
