@@ -29,7 +29,7 @@ DEVICE = pick_device()
 PRECISION = pick_precision("auto", DEVICE)
 
 
-def best(*versions: Callable[[], None], repeats: int = 5) -> list[float]:
+def best(*versions: Callable[[], object], repeats: int = 5) -> list[float]:
     """The shortest time of each version in seconds; the versions take turns."""
     times = [float("inf")] * len(versions)
     for _ in range(repeats + 1):  # the first round warms up
@@ -53,7 +53,7 @@ def gatys_evaluation() -> str:
     content, style = (load_image(path, 512).to(DEVICE) for path in (CONTENT, STYLE))
     layers = [*gatys.CONTENT_LAYERS, *gatys.STYLE_LAYERS]
 
-    def evaluation(vgg: VGG, precision: torch.dtype, gram: Callable) -> Callable[[], None]:
+    def evaluation(vgg: VGG, precision: torch.dtype, gram: Callable) -> Callable[[], object]:
         def features(image: torch.Tensor) -> dict[str, torch.Tensor]:
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                 return vgg(image)
@@ -108,7 +108,7 @@ def gatys_cuda() -> str:
     return f"{'; '.join(lines[1:])} (to reach: 5 s at 512 px; 2048 px works)"
 
 
-def johnson_training(version: str, size: int = 256, batch: int = 4) -> Callable[[], None]:
+def johnson_training(version: str, size: int = 256, batch: int = 4) -> Callable[[], object]:
     """A step of training: `ours`; or float32 in contiguous layout, with all of VGG run on the photos, and that in the
 
     graph (`graph`) or not (`plain`).
@@ -210,7 +210,7 @@ def johnson_objective() -> str:
     )
 
 
-def cyclegan_training(textbook: bool) -> Callable[[], None]:
+def cyclegan_training(textbook: bool) -> Callable[[], object]:
     """A step of training at the paper's setting: 256 px, batch 1, 9 blocks.
 
     The textbook's is float32, with a call for every pass, and G and F's loss also has gradients for D_X and D_Y.

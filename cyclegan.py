@@ -33,6 +33,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException, IncompleteRead
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,14 @@ class ImagePool:
 # --- Data --------------------------------------------------------------------------------------------------
 
 # The authors' archives, at https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/<name>.zip
-DATASETS = ("horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "cezanne2photo", "ukiyoe2photo")
+DATASETS: tuple[str, ...] = (
+    "horse2zebra",
+    "apple2orange",
+    "summer2winter_yosemite",
+    "monet2photo",
+    "cezanne2photo",
+    "ukiyoe2photo",
+)
 DATASETS += ("vangogh2photo", "maps", "facades", "iphone2dslr_flower", "ae_photos")
 SERVER = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
 
@@ -298,11 +306,11 @@ def domains(data: Sequence[str], size: int) -> list[tuple[list[Path], Tensor]]:
             root = download(data[0])
         folders, tests = [root / "trainA", root / "trainB"], [root / "testA", root / "testB"]
     elif len(data) == 2:
-        folders, tests = [Path(part) for part in data], [None, None]
+        folders, tests = [Path(part) for part in data], []
     else:
         raise InputError(f"{len(data)} folders given: name two, or one set")
     result = []
-    for folder, test in zip(folders, tests, strict=True):
+    for folder, test in zip_longest(folders, tests):
         files = find_images(folder)
         if test and test.is_dir():
             result.append((files, hold_out(find_images(test), size)[0]))
@@ -553,7 +561,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         raise InputError("nothing to do: choose --epochs or --decay-epochs above 0")
     if first > last:
         raise InputError(f"{args.resume} has had {first} steps already, more than {last}")
-    record = {"architecture": {"blocks": args.blocks, "width": args.width}, "settings": settings}
+    record: dict[str, Any] = {"architecture": {"blocks": args.blocks, "width": args.width}, "settings": settings}
     record |= {"command": shlex.join(command)}
 
     def save(step: int) -> None:

@@ -415,10 +415,10 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
             stopping = bool(interrupts)
             saving = iteration % args.checkpoint_every == 0 or iteration == args.iterations or stopping
             if iteration % 10 == 0 or saving:  # not each time: it makes a GPU wait
-                values = torch.stack([*losses.values()]).detach()
+                means = torch.stack([*losses.values()]).detach()
                 if world > 1:
-                    dist.all_reduce(values)
-                values = (values / world).tolist()
+                    dist.all_reduce(means)
+                values = (means / world).tolist()
                 if not math.isfinite(values[0]) or not all(p.isfinite().all() for p in network.parameters()):
                     kept = f"{checkpoint} is the last good state: " if checkpoint.exists() else ""
                     raise InputError(f"the loss became infinite; {kept}try a smaller --lr")

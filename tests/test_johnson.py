@@ -572,7 +572,7 @@ def test_the_readmes_commands_work(folder, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "examples", "examples")
     shutil.copytree(folder, "holiday")
     commands = readme_commands("johnson.py")
-    assert len(commands) == 4
+    assert len(commands) == 5
     for arguments in commands:
         tiny = [*TINY.split(), *TINY_LAYERS, "--iterations", "1"] if arguments[0] == "train" else ["--image-size", "24"]
         johnson.main([*arguments, *tiny])
