@@ -814,7 +814,7 @@ def test_the_readmes_commands_work(tmp_path, monkeypatch):
     for part, folder in (("trainA", "photos"), ("trainB", "paintings")):
         shutil.copytree(f"examples/{folder}", f"data/horse2zebra/{part}")
     commands = readme_commands("cyclegan.py")
-    assert len(commands) == 5
+    assert len(commands) == 6
     for n, arguments in enumerate(commands):
         tiny = [*TINY.split(), "--max-steps", str(n + 1)] if arguments[0] == "train" else ["--image-size", "24"]
         cyclegan.main([*arguments, *tiny])
