@@ -83,18 +83,15 @@ class VGG(nn.Module):
         self.layers = list(layers)
         self.names = {index[name]: name for name in layers}
         self.features = features[: max(self.names) + 1]
-        try:
-            missing = self.features.load_state_dict(state, strict=False, assign=True).missing_keys
-        except RuntimeError:  # a tensor of another shape
-            missing = ["shape"]
-        if missing:
-            raise InputError(f"these weights ({weights}) are not those of {self.arch}: check --vgg and --vgg-weights")
         if pooling not in ("max", "avg"):
             raise InputError(f"unknown pooling {pooling}: choose max or avg")
-        if pooling == "avg":
-            for i, layer in enumerate(self.features):
-                if isinstance(layer, nn.MaxPool2d):
-                    self.features[i] = nn.AvgPool2d(2)
+        for i, layer in enumerate(self.features):
+            if isinstance(layer, nn.MaxPool2d):
+                self.features[i] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}[pooling](2)
+        try:
+            self.features.load_state_dict({k: state[k] for k in self.features.state_dict()}, assign=True)
+        except (KeyError, RuntimeError) as error:  # a tensor is missing, or of another shape
+            raise InputError(f"the weights {weights} are not those of {self.arch}: check --vgg-weights") from error
         self.register_buffer("mean", IMAGENET_MEAN, persistent=False)
         self.register_buffer("std", IMAGENET_STD, persistent=False)
         # In channels-last order convolutions are faster, most of all in bfloat16.
@@ -230,25 +227,6 @@ def load_image(
     return to_tensor(image).unsqueeze(0)
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if image.mode[0] in "IF":  # grey of 16 bits, or of floats: convert("L") would clip, not scale
-        white = 65535 if ";16" in image.mode else next(w for w in (1, 255, 65535, 2**32) if image.getextrema()[1] <= w)
-        image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("RGB")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile, or one for other channels: take the numbers as they are
-    return image.convert("RGB")
-
-
 def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write (1, 3, H, W) or (3, H, W), clamped to [0, 1], whole or not at all; the suffix names the format.
 
@@ -258,17 +236,14 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None 
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
-    options = dict(FORMATS[suffix])
-    if suffix == ".png":
-        options["pnginfo"] = info = PngInfo()
-        for key, value in metadata.items():
-            info.add_text(key, value)
-    else:
-        options["exif"] = exif = Image.Exif()
-        description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
-        exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
+    text, exif = PngInfo(), Image.Exif()
+    for key, value in metadata.items():
+        text.add_text(key, value)
+    description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
+    exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
+    stored = {"pnginfo": text} if suffix == ".png" else {"exif": exif}
     data = io.BytesIO()  # into memory first: Pillow does not notice a full disk
-    to_pil(image).save(data, Image.registered_extensions()[suffix], **options)
+    to_pil(image).save(data, Image.registered_extensions()[suffix], **FORMATS[suffix], **stored)
     write_file(data.getvalue(), path)
 
 
@@ -488,6 +463,25 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Col
             _temporary(real).unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
             raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode[0] in "IF":  # grey of 16 bits, or of floats: convert("L") would clip, not scale
+        white = 65535 if ";16" in image.mode else next(w for w in (1, 255, 65535, 2**32) if image.getextrema()[1] <= w)
+        image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile, or one for other channels: take the numbers as they are
+    return image.convert("RGB")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -842,13 +836,13 @@ class Training:
     settings: dict[str, Any]  # what a resumed training must have in common with its beginning
     inputs: dict[str, dict[str, int]]  # the same for files: fingerprints of what each flag names
     record: dict[str, Any]  # what else the checkpoint holds
-    written: Callable[[int], None]  # called with the number of steps after each checkpoint, to write samples
+    written: Callable[[int], Iterable[str] | None]  # writes samples after a checkpoint; returns warnings, shown once
     local: dict[str, list[Any]] = field(default_factory=dict)  # parts that differ between processes
     epoch: int = sys.maxsize  # steps after which a checkpoint is due in any case
 
     def __post_init__(self) -> None:
         self.rank, self.world = processes()
-        self.step, self.history = 0, []  # type: int, list[list[float]]
+        self.step, self.history, self.warned = 0, [], set()  # type: int, list[list[float]], set[str]
         self.settings |= {"processes": self.world}
         if self.args.batch_size % self.world:
             raise InputError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes")
@@ -915,7 +909,9 @@ class Training:
             progress = {"step": self.step, "history": self.history, "settings": self.settings, "inputs": self.inputs}
             save_checkpoint(self.record | progress | states, self.checkpoint)
             save_losses(["step", *self.columns], self.history, losses_table(self.checkpoint))
-            self.written(self.step)
+            for warning in set(self.written(self.step) or ()) - self.warned:
+                self.warned.add(warning)
+                tqdm.write(f"warning: {warning}", file=sys.stderr)
 
     def _load(self, path: Path) -> None:
         state = load_checkpoint(path)
@@ -931,8 +927,10 @@ class Training:
                     raise InputError(f"{path} was trained with another {flag}: {what}")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-                if isinstance(part, torch.optim.Optimizer):
-                    _check_optimizer(part)
+                if isinstance(part, torch.optim.Optimizer):  # torch does not look at shapes
+                    for p, moments in part.state.items():
+                        if any(t.shape not in ((), p.shape) or not t.isfinite().all() for t in moments.values()):
+                            raise ValueError("the optimiser's state does not fit")
             for name, parts in self.local.items():
                 for part, saved in zip(parts, state[name][self.rank], strict=True):
                     part.load_state_dict(saved)
@@ -972,14 +970,6 @@ def _average_gradients(optimizer: torch.optim.Optimizer, *arguments: Any) -> Non
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if the state that was loaded has not the parameters' shapes: torch does not look."""
-    for p, state in optimizer.state.items():
-        moments = [value for name, value in state.items() if name != "step"]
-        if any(value.shape != p.shape for value in moments) or not 0 < float(state["step"]) < math.inf:
-            raise ValueError("the optimiser's state does not fit")
 
 
 def _start_worker(worker: int) -> None:

@@ -306,7 +306,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     resume = claim_outputs(checkpoint, [args.export] if args.export else [], inputs, args.resume)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    (X, x_test), (Y, y_test) = domains(args.data, args.crop_size)
+    (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
     epoch_steps = math.ceil(max(len(X), len(Y)) / args.batch_size)
     steps = min(epoch_steps * (args.epochs + args.decay_epochs), args.max_steps or sys.maxsize)
 
@@ -317,19 +317,6 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": str(precision)}
     record = {"settings": settings, "command": shlex.join(command)}
-    warned: set[str] = set()
-
-    def written(step: int) -> None:
-        epoch = math.ceil(step / epoch_steps)
-        sheet = sample_sheet(gan, x_test.to(device), y_test.to(device))
-        save_image(sheet, args.output / f"epoch_{epoch:03d}.jpg", provenance(command, step=step))
-        for warning in set(diagnose(gan, x_test.to(device), y_test.to(device), run.history)) - warned:
-            warned.add(warning)
-            print(f"\nwarning: {warning}", file=sys.stderr)
-        if args.export:
-            G, F = ({name: value.half() for name, value in net.state_dict().items()} for net in (gan.G, gan.F))
-            save_checkpoint(record | {"step": step, "G": G, "F": F}, args.export)
-
     run = Training(
         args, device, checkpoint, resume, steps,
         parts={name: getattr(gan, name) for name in ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D")},
@@ -338,7 +325,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         settings=settings,
         inputs={"X": fingerprints(X[0].parent, X), "Y": fingerprints(Y[0].parent, Y)},
         record=record,
-        written=written,
+        written=lambda step: save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), args, record, run.history),
         epoch=epoch_steps,
     )  # fmt: skip
     for x, y in run.batches(Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
@@ -410,8 +397,8 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     return target
 
 
-def domains(data: Sequence[str], size: int) -> list[tuple[list[Path], Tensor]]:
-    """For X and for Y: the files to train on, and up to four test pictures (B, 3, size, size).
+def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") -> list[tuple[list[Path], Tensor]]:
+    """For X and for Y: the files to train on, and up to four test pictures (B, 3, size, size) on `device`.
 
     `data` are two folders; or one with trainA and trainB; or the name of one of the authors' sets. Test pictures are
     from testA and testB, or held out.
@@ -431,11 +418,22 @@ def domains(data: Sequence[str], size: int) -> list[tuple[list[Path], Tensor]]:
     for folder, test in zip_longest(folders, tests):
         files = find_images(folder)
         if test and test.is_dir():
-            result.append((files, hold_out(find_images(test), size)[0]))
+            result.append((files, hold_out(find_images(test), size)[0].to(device)))
         else:
             samples, files = hold_out(files, size)
-            result.append((files, samples))
+            result.append((files, samples.to(device)))
     return result
+
+
+def save_samples(
+    gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, args: argparse.Namespace, record: dict, history: list[list[float]]
+) -> list[str]:
+    """Write the epoch's sheet of the test pictures x and y, and what is to be exported; return warnings."""
+    save_image(sample_sheet(gan, x, y), args.output / f"epoch_{epoch:03d}.jpg", {"command": record["command"]})
+    if args.export:
+        G, F = ({name: value.half() for name, value in net.state_dict().items()} for net in (gan.G, gan.F))
+        save_checkpoint(record | {"G": G, "F": F}, args.export)
+    return diagnose(gan, x, y, history)
 
 
 @torch.no_grad()

@@ -260,10 +260,6 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Train f_W as the command line says (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
     checkpoint, sheet = args.output.with_suffix(".checkpoint.pth"), args.output.with_suffix(".samples.jpg")
     resume = claim_outputs(checkpoint, [args.output, sheet], [args.style, args.data], args.resume)
-    if args.output.suffix.lower() not in (".pth", ".pt"):
-        raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
-    if args.norm == "batch" and processes()[1] > 1:
-        raise InputError("--norm batch looks at a whole batch: choose --norm instance, or one process")
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     held_out, files = hold_out(find_images(args.data), args.image_size)  # the sheet's photos are not trained on
@@ -278,17 +274,6 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
 
     settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": str(precision), "vgg": vgg.arch}
     record = {"architecture": f_W.architecture, "settings": settings, "command": shlex.join(command)}
-
-    def written(iteration: int) -> None:
-        half = {name: value.half() for name, value in f_W.state_dict().items()}
-        save_checkpoint(record | {"iteration": iteration, "model": half}, args.output)
-        f_W.eval()
-        with torch.no_grad(), autocast(device, precision):
-            rows = held_out, f_W(held_out)  # photos above, results below
-        f_W.train()
-        image = torch.cat([torch.cat([*row], -1) for row in rows], -2)
-        save_image(image, sheet, provenance(command, iteration=iteration))
-
     run = Training(
         args, device, checkpoint, resume, args.iterations,
         parts={"model": f_W, "optimizer": optimizer},
@@ -300,7 +285,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
             "--vgg-weights": fingerprints(Path(), [Path(args.vgg_weights)], whole=True),
         },
         record=record,
-        written=written,
+        written=lambda iteration: save_samples(f_W, precision, held_out, args.output, record | {"step": iteration}),
     )  # fmt: skip
     for (x,) in run.batches(Crops([files], args.image_size, args.image_size, args.seed)):
         run.log(step(f_W, objective, optimizer, x))
@@ -365,6 +350,19 @@ def in_strips(convolution: Convolution, x: Tensor) -> Tensor:
         first, last = int(top * scale), int((top + strip) * scale)
         y[..., first:last, :] = part[..., : last - first, :]
     return y
+
+
+@torch.no_grad()
+def save_samples(f_W: TransformNet, precision: torch.dtype, photos: Tensor, path: Path, record: dict) -> None:
+    """Write the model with its `record`, in half precision, and a sheet of `photos`, the results below them."""
+    half = {name: value.half() for name, value in f_W.state_dict().items()}
+    save_checkpoint(record | {"model": half}, path)
+    f_W.eval()
+    with autocast(photos.device, precision):
+        rows = photos, f_W(photos)
+    f_W.train()
+    sheet = torch.cat([torch.cat([*row], -1) for row in rows], -2)
+    save_image(sheet, path.with_suffix(".samples.jpg"), {"command": record["command"]})
 
 
 def load_network(path: Path) -> TransformNet:
@@ -435,7 +433,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict, or random")
     add_training_arguments(sub)
     add_device_arguments(sub)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
+        raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
+    if args.command == "train" and args.norm == "batch" and processes()[1] > 1:
+        raise InputError("--norm batch looks at a whole batch: choose --norm instance, or one process")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
