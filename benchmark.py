@@ -1,7 +1,7 @@
 """Measure the speed and memory that the README states: `python benchmark.py [ROW …]`; all rows by default.
 
 Each row compares two versions in one process, taking turns, or times a whole command; it prints what was measured
-beside the figure to reach.
+beside the figure to reach. It asserts nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 import cyclegan
 import gatys
 import johnson
-from common import VGG, gram_matrix, load_checkpoint, load_image, pick_device, pick_precision, save_image
+from common import VGG, Crops, autocast, gram_matrix, load_checkpoint, load_image, pick_device, pick_precision
 
 ROOT = Path(__file__).parent
-CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
-PORTRAIT = ROOT / "examples" / "portrait.jpg"
+CONTENT, STYLE, PORTRAIT = (ROOT / "examples" / f"{name}.jpg" for name in ("content", "style", "portrait"))
 DEVICE = pick_device()
 PRECISION = pick_precision("auto", DEVICE)
 
@@ -42,6 +42,13 @@ def best(*versions: Callable[[], object], repeats: int = 5) -> list[float]:
     return times
 
 
+def own_peak() -> float:
+    """The most memory that this process has had up to now, in GB; on a GPU, that of the tensors there."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
 def plain_gram(f: torch.Tensor) -> torch.Tensor:
     """The Gram matrix of feature maps (B, C, H, W), as it is commonly written."""
     f = f.flatten(2)
@@ -55,7 +62,7 @@ def gatys_evaluation() -> str:
 
     def evaluation(vgg: VGG, precision: torch.dtype, gram: Callable) -> Callable[[], object]:
         def features(image: torch.Tensor) -> dict[str, torch.Tensor]:
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            with autocast(DEVICE, precision):
                 return vgg(image)
 
         with torch.no_grad():
@@ -100,75 +107,58 @@ def gatys_cuda() -> str:
     for size in (512, 512, 2048):  # the first one warms up
         content, style = (load_image(path, size).to(DEVICE) for path in (CONTENT, STYLE))
         torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        gatys.stylize(content, [style], precision=PRECISION)
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        lines.append(f"{size} px {time.perf_counter() - start:.1f} s, {peak:.2f} GB")
+        (seconds,) = best(lambda c=content, s=style: gatys.stylize(c, [s]), repeats=1)
+        lines.append(f"{size} px {seconds:.1f} s, {own_peak():.2f} GB")
     return f"{'; '.join(lines[1:])} (to reach: 5 s at 512 px; 2048 px works)"
 
 
-def johnson_training(version: str, size: int = 256, batch: int = 4) -> Callable[[], object]:
-    """A step of training: `ours`; or float32 in contiguous layout, with all of VGG run on the photos, and that in the
-
-    graph (`graph`) or not (`plain`).
-    """
-    photos, style = torch.rand(batch, 3, size, size, device=DEVICE), load_image(STYLE, 512).to(DEVICE)
+def johnson_training(ours: bool) -> Callable[[], object]:
+    """A step of training at 256 px, batch 4; or float32, contiguous, with all of VGG run on the photos."""
+    x, y_s = torch.rand(4, 3, 256, 256, device=DEVICE), load_image(STYLE, 512).to(DEVICE)
     args = johnson.parse_args(["train", "--style", "", "--data", ""])
-    vgg = VGG([args.content_layer, *args.style_layers], "vgg19").to(DEVICE)
-    objective = johnson.Objective(vgg, style, args, PRECISION if version == "ours" else torch.float32)
-    network = johnson.TransformNet().to(DEVICE)
-    optimizer = torch.optim.Adam(network.parameters(), args.lr)
-    if version != "ours":
-        vgg.to(memory_format=torch.contiguous_format)
+    layers, weights = [args.content_layer, *args.style_layers], (args.content_weight, args.style_weight, args.tv_weight)
+    precision = PRECISION if ours else torch.float32
+    objective = johnson.Objective(VGG(layers, "vgg19").to(DEVICE), y_s, layers[0], layers[1:], *weights, precision)
+    f_W = johnson.TransformNet().to(DEVICE)
+    optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
+    objective.vgg.to(memory_format=torch.channels_last if ours else torch.contiguous_format)
 
-    def ours() -> None:
+    def plain() -> None:
         optimizer.zero_grad()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION is torch.bfloat16):
-            y = network(photos)
-        objective(photos, y)["total"].backward()
+        y_hat = f_W(x)
+        with torch.no_grad():
+            target = objective.vgg(x)
+        f = objective.vgg(y_hat)
+        content = johnson.content_loss(f[layers[0]], target[layers[0]])
+        style = sum(johnson.style_loss(plain_gram(f[name]), G) for name, G in objective.G_s.items())
+        (weights[0] * content + weights[1] * style + weights[2] * johnson.total_variation(y_hat)).backward()
         optimizer.step()
 
-    def common() -> None:
-        optimizer.zero_grad()
-        y = network(photos)
-        target, f = vgg(photos.clone().requires_grad_(version == "graph")), vgg(y)
-        content = johnson.content_loss(f[args.content_layer], target[args.content_layer])
-        style = sum(johnson.style_loss(plain_gram(f[name]), A) for name, A in objective.targets.items())
-        loss = args.content_weight * content + args.style_weight * style
-        (loss + args.tv_weight * johnson.total_variation(y)).backward()
-        optimizer.step()
-
-    return ours if version == "ours" else common
+    return (lambda: johnson.step(f_W, objective, optimizer, x)) if ours else plain
 
 
 def johnson_step() -> str:
-    """A training step at 256 px, batch 4."""
-    graph, plain, ours = best(*map(johnson_training, ("graph", "plain", "ours")), repeats=3)
+    """That step, ours and the plain one."""
+    plain, ours = best(johnson_training(False), johnson_training(True), repeats=3)
     return (
-        f"{ours:.2f} s, {4 / ours:.1f} images/s; plain float32 {graph:.2f} s, {4 / graph:.1f} images/s: "
-        f"ratio {ours / graph:.2f} (to reach: 0.45); with the photos' features outside the graph {plain:.2f} s: "
-        f"ratio {ours / plain:.2f}"
+        f"{ours:.2f} s, {4 / ours:.1f} images/s; plain float32 {plain:.2f} s, {4 / plain:.1f} images/s: "
+        f"ratio {ours / plain:.2f} (to reach: 0.45)"
     )
 
 
 def johnson_loading() -> str:
     """How long a training step waits for its photos, which are decoded from JPEGs of COCO's size meanwhile."""
-    args = johnson.parse_args(["train", "--style", "", "--data", "", "--iterations", "12", "--workers", "2"])
-    step = johnson_training("ours")
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(8):
-            save_image(load_image(CONTENT, 640), f"{folder}/{i}.jpg")
-        photos = johnson.Photos(johnson.find_images(Path(folder)), 256, 0)
-        waits, steps = [], []
+    step, waits, steps = johnson_training(True), [], []
+    crops = Crops([[PORTRAIT, CONTENT] * 4], 256, 256, seed=0)
+    batches = DataLoader(crops, batch_sampler=(range(4 * i, 4 * i + 4) for i in range(12)), num_workers=2)
+    start = time.perf_counter()
+    for _ in batches:
+        waits.append(time.perf_counter() - start)
+        step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        steps.append(time.perf_counter() - start - waits[-1])
         start = time.perf_counter()
-        for _ in johnson.batches(photos, args, 0, 0, 1):
-            waits.append(time.perf_counter() - start)
-            step()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            steps.append(time.perf_counter() - start - waits[-1])
-            start = time.perf_counter()
     wait, compute = sum(waits[2:]), sum(steps[2:])  # the workers start in the first ones
     return f"waits {1000 * wait / 10:.1f} ms of {1000 * compute / 10:.0f} ms a step (to reach: hidden)"
 
@@ -176,9 +166,8 @@ def johnson_loading() -> str:
 def johnson_stylize() -> str:
     """The network alone, on 512×512."""
     network, x = johnson.load_network(johnson.MODEL).to(DEVICE), torch.rand(1, 3, 512, 512, device=DEVICE)
-    slow, fast = best(
-        lambda: johnson.stylize(network, x), lambda: johnson.stylize(network, x, precision=PRECISION), repeats=10
-    )
+    versions = [lambda p=p: johnson.stylize(network, x, precision=p) for p in ("float32", "auto")]
+    slow, fast = best(*versions, repeats=10)
     return (
         f"{fast:.3f} s, {1 / fast:.1f} images/s; plain float32 {slow:.3f} s, {1 / slow:.1f} images/s: "
         f"ratio {fast / slow:.2f} (to reach: 0.6)"
@@ -186,22 +175,20 @@ def johnson_stylize() -> str:
 
 
 def johnson_objective() -> str:
-    """The iterations of L-BFGS on the pixels that reach the network's loss on unseen photos (paper, Fig. 5), and how
-
-    many times longer 500 of them take (Table 1), at 256 px.
-    """
-    network, record = johnson.load_network(johnson.MODEL).to(DEVICE), load_checkpoint(johnson.MODEL)
-    args = argparse.Namespace(**record["settings"])
-    vgg = VGG([args.content_layer, *args.style_layers], args.vgg).to(DEVICE)
-    objective = johnson.Objective(vgg, load_image(STYLE, args.style_size).to(DEVICE), args, PRECISION)
+    """Fig. 5 and Table 1, at 256 px: iterations of L-BFGS on the pixels that reach the network's loss; their time."""
+    network, args = johnson.load_network(johnson.MODEL).to(DEVICE), load_checkpoint(johnson.MODEL)["settings"]
+    vgg = VGG([args["content_layer"], *args["style_layers"]], args["vgg"]).to(DEVICE)
+    weights = [args[f"{name}_weight"] for name in ("content", "style", "tv")]
+    y_s = load_image(STYLE, args["style_size"]).to(DEVICE)
+    objective = johnson.Objective(vgg, y_s, args["content_layer"], args["style_layers"], *weights, PRECISION)
     counts, speedups = [], []
     for path in (CONTENT, PORTRAIT):
         x = load_image(path, 256, center_crop=True).to(DEVICE)
-        seconds, *_ = best(lambda x=x: johnson.stylize(network, x, precision=PRECISION))
-        reached = objective(x, johnson.stylize(network, x, precision=PRECISION).clone())["total"].item()
+        (seconds,) = best(lambda x=x: johnson.stylize(network, x))
+        reached = objective(johnson.stylize(network, x), x)["total"].item()
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         start = time.perf_counter()
-        losses = [values["total"] for _, values in gatys.optimize(noise, lambda y, x=x: objective(x, y), 500, 1)]
+        losses = [values["total"] for _, values in gatys.optimize(noise, lambda y, x=x: objective(y, x), 500, 1)]
         speedups.append((time.perf_counter() - start) / seconds)
         counts.append(next((i for i, loss in enumerate(losses, 1) if loss <= reached), "more than 500"))
     return (
@@ -210,72 +197,50 @@ def johnson_objective() -> str:
     )
 
 
-def cyclegan_training(textbook: bool) -> Callable[[], object]:
+def cyclegan_training(ours: bool) -> Callable[[], object]:
     """A step of training at the paper's setting: 256 px, batch 1, 9 blocks.
 
-    The textbook's is float32, with a call for every pass, and G and F's loss also has gradients for D_X and D_Y.
+    The textbook's is float32, and G and F's loss also has gradients for D_X and D_Y.
     """
-    args = cyclegan.parse_args(["train", "X", "Y", "--blocks", "9"])
     x, y = torch.rand(2, 1, 3, 256, 256, device=DEVICE)
-    t = cyclegan.Trainer(args, DEVICE, torch.float32 if textbook else PRECISION)
-    G, F, D_X, D_Y, distance = t.model.G, t.model.F, t.model.D_X, t.model.D_Y, cyclegan.distance
+    t = cyclegan.CycleGAN(device=DEVICE, precision=PRECISION if ours else torch.float32)
 
-    def step() -> None:
+    def textbook() -> None:
         t.optimizer_G.zero_grad()
-        G_x, F_y = G(x), F(y)
-        gan = (D_Y(G_x) - 1).square().mean() + (D_X(F_y) - 1).square().mean()
-        cycle, identity = distance(F(G_x), x) + distance(G(F_y), y), distance(G(y), y) + distance(F(x), x)
-        (gan + args.lambda_cycle * (cycle + args.lambda_identity * identity)).backward()
+        losses, G_x, F_y = cyclegan.generator_losses(t.G, t.F, t.D_X, t.D_Y, x, y)
+        losses["total"].backward()
         t.optimizer_G.step()
         t.optimizer_D.zero_grad()
-        for D, pool, real, fake in ((D_X, t.pool_X, x, F_y), (D_Y, t.pool_Y, y, G_x)):
-            (((D(real) - 1).square().mean() + D(pool.query(fake)).square().mean()) / 2).backward()
+        for D, pool, real, fake in ((t.D_X, t.pool_X, x, F_y), (t.D_Y, t.pool_Y, y, G_x)):
+            cyclegan.discriminator_loss(D, real, pool.query(fake)).backward()
         t.optimizer_D.step()
 
-    return step if textbook else lambda: t.step(x, y, args.lr)
+    return (lambda: t.step(x, y)) if ours else textbook
 
 
 def cyclegan_step() -> str:
     """That step, ours and the textbook's, and the memory of two of each in a process of its own."""
     memory = []
-    for textbook in (False, True):
-        code = f"import benchmark as b; step = b.cyclegan_training({textbook}); step(); step(); print(b.own_peak())"
+    for ours in (True, False):
+        code = f"import benchmark as b; step = b.cyclegan_training({ours}); step(); step(); print(b.own_peak())"
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-        memory.append(int(result.stdout) / 1e9)
-    ours, textbook = best(cyclegan_training(False), cyclegan_training(True), repeats=3)
+        memory.append(float(result.stdout))
+    ours, textbook = best(cyclegan_training(True), cyclegan_training(False), repeats=3)
     return (
         f"{ours:.2f} s, {memory[0]:.1f} GB; textbook {textbook:.2f} s, {memory[1]:.1f} GB: "
         f"ratio {ours / textbook:.2f} (to reach: 0.55)"
     )
 
 
-def own_peak() -> int:
-    """The most memory that this process has had up to now, in bytes; on a GPU, that of the tensors there."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def cyclegan_translate() -> str:
     """A generator of 9 blocks, on 256×256."""
     network, x = cyclegan.Generator().to(DEVICE).eval(), torch.rand(1, 3, 256, 256, device=DEVICE)
-    slow, fast = best(
-        lambda: cyclegan.translate(network, x), lambda: cyclegan.translate(network, x, PRECISION), repeats=10
-    )
+    slow, fast = best(*(lambda p=p: cyclegan.translate(network, x, p) for p in ("float32", "auto")), repeats=10)
     return f"{fast:.3f} s, plain float32 {slow:.3f} s: ratio {fast / slow:.2f} (to reach: 0.65)"
 
 
-ROWS = [
-    gatys_evaluation,
-    gatys_command,
-    gatys_cuda,
-    johnson_step,
-    johnson_loading,
-    johnson_stylize,
-    johnson_objective,
-    cyclegan_step,
-    cyclegan_translate,
-]
+ROWS = [gatys_evaluation, gatys_command, gatys_cuda, johnson_step, johnson_loading, johnson_stylize, johnson_objective]
+ROWS += [cyclegan_step, cyclegan_translate]
 
 
 def main() -> None:

@@ -272,10 +272,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into a dtype. `auto` is bfloat16 where `device` computes it natively."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def pick_precision(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
+    """Turn `auto`, `float32` or `bfloat16` into a dtype.
+
+    `auto` is bfloat16 where `device` computes it natively, but float32 if results are to be `exact`.
+    """
+    if name != "auto" or exact:
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     else:
@@ -869,6 +872,8 @@ class Training:
         )
         if self.step == self.steps:  # it may have been killed between its last checkpoint and what is written then
             self.save()
+        if self.rank == 0:
+            print(f"training on {self.device} in {self.settings.get('precision')}", file=sys.stderr)
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0)
         with catching_interrupts() as self.interrupts, bar as self.bar:
             try:

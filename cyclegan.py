@@ -325,7 +325,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         settings=settings,
         inputs={"X": fingerprints(X[0].parent, X), "Y": fingerprints(Y[0].parent, Y)},
         record=record,
-        written=lambda step: save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), args, record, run.history),
+        written=lambda step: save_samples(gan, x_test, y_test, -(-step // epoch_steps), args, record, run.history),
         epoch=epoch_steps,
     )  # fmt: skip
     for x, y in run.batches(Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
@@ -349,8 +349,7 @@ def translate(network: Generator, image: Tensor, precision: str = "auto") -> Ten
     if min(height, width) < 5:
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
     right, below = (max(8, -(-side // 4) * 4) - side for side in (width, height))
-    dtype = pick_precision("float32" if network.published and precision == "auto" else precision, image.device)
-    with autocast(image.device, dtype):
+    with autocast(image.device, pick_precision(precision, image.device, exact=network.published)):
         return network(nnf.pad(image, (0, right, 0, below), mode="reflect"))[..., :height, :width]
 
 
@@ -492,6 +491,8 @@ def translate_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Translate files and folders as the command line says; exit with status 1 if some could not be read."""
     device = pick_device(args.device)
     network = load_generator(args.model, args.direction).to(device)
+    precision = pick_precision(args.precision, device, exact=network.published)
+    print(f"computing on {device} in {precision}", file=sys.stderr)
 
     def transform(path: Path) -> Tensor:
         return translate(network, load_image(path, args.image_size).to(device), args.precision)

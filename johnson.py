@@ -135,6 +135,7 @@ class TransformNet(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = {"norm": norm, "upsample": upsample, "padding": padding, "output": output}
+        self.published = output == "linear"
 
         def normalization(channels: int) -> nn.Module:
             return nn.BatchNorm2d(channels) if norm == "batch" else nn.InstanceNorm2d(channels, affine=True)
@@ -156,8 +157,7 @@ class TransformNet(nn.Module):
             x = reflect(x, 40)
         elif min(height, width) < 5:  # reflection needs more pixels than it adds
             raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
-        linear = self.architecture["output"] == "linear"
-        y = self.conv1(255 * x if linear else x)
+        y = self.conv1(255 * x if self.published else x)
         y = torch.relu_(self.in1(y))
         y = self.conv2(y)
         y = torch.relu_(self.in2(y))
@@ -172,7 +172,7 @@ class TransformNet(nn.Module):
         y = self.deconv3(y).float()
         # Adam's first steps shift y, a sum over 81 · 32 weights, by about 1 each. Undivided, that saturates the tanh,
         # which has no gradient there: it takes many times as many iterations to come back.
-        y = (y / 255).clamp(0, 1) if linear else (torch.tanh(y / 10) + 1) / 2
+        y = (y / 255).clamp(0, 1) if self.published else (torch.tanh(y / 10) + 1) / 2
         return y[..., :height, :width]  # a side that is no multiple of 4 was rounded up
 
 
@@ -305,10 +305,8 @@ def stylize(network: TransformNet, image: Tensor, strength: float = 1.0, precisi
     published model gives the pixels that it gives there: it has no margin, and `auto` is float32.
     """
     height, width = image.shape[-2:]
-    published = network.architecture["output"] == "linear"
-    margin = 0 if published else MARGIN
-    dtype = pick_precision("float32" if published and precision == "auto" else precision, image.device)
-    with autocast(image.device, dtype):
+    margin = 0 if network.published else MARGIN
+    with autocast(image.device, pick_precision(precision, image.device, exact=network.published)):
         y_hat = network(reflect(image, margin))
     return torch.lerp(image, y_hat[..., margin : margin + height, margin : margin + width], strength)
 
@@ -386,6 +384,8 @@ def stylize_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Stylise files and folders as the command line says; exit with status 1 if some could not be read."""
     device = pick_device(args.device)
     network = load_network(args.model).to(device)
+    precision = pick_precision(args.precision, device, exact=network.published)
+    print(f"computing on {device} in {precision}", file=sys.stderr)
 
     def transform(path: Path) -> Tensor:
         return stylize(network, load_image(path, args.image_size).to(device), args.strength, args.precision)
