@@ -278,7 +278,7 @@ def pick_precision(name: str, device: torch.device, exact: bool = False) -> torc
     `auto` is bfloat16 where `device` computes it natively, but float32 if results are to be `exact`.
     """
     if name != "auto" or exact:
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
+        return {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     else:
@@ -398,6 +398,8 @@ def catching_interrupts() -> Iterator[list[int]]:
         caught.append(number)
         if len(caught) > 1 and processes()[1] == 1:
             raise KeyboardInterrupt
+        if len(caught) == 1 and processes()[0] == 0:
+            os.write(2, b"\nending after this step; again: at once\n")  # print could be in the middle of a line
 
     if threading.current_thread() is not threading.main_thread():  # none arrives there
         yield caught

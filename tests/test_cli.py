@@ -1,8 +1,8 @@
 """The command lines, as a user types them: results, mistakes, interruption."""
 
 import csv
+import functools
 import inspect
-import os
 import re
 import shlex
 import shutil
@@ -64,9 +64,10 @@ def test_everything_that_can_be_saved(capsys):
         assert frame.size == (24, 16)
     with Path("new/a_losses.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["step", "total", "content", "style"]
+    assert rows[0] == ["step", "total", "content", "style", "variation"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4"]
     assert float(rows[4][1]) == pytest.approx(float(rows[4][2]) + 30 * float(rows[4][3]), rel=1e-4)
+    assert gatys.load_image("new/a.jpg").shape == (1, 3, 32, 48)
 
 
 def test_a_second_run_gives_the_same_bytes_and_leaves_no_old_frames():
@@ -84,39 +85,43 @@ def test_a_picture_made_here_can_be_the_next_content():
     assert files() == ["content_style.png", "content_style_style.png"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--center-crop"],
-        ["--style-scale", "2.5"],
-        ["--content-weight", "0", "--init", "noise"],
-        ["--style-weight", "0", "--init", "style"],
-        ["--style-weight", "0", "--init", "noise"],
-        ["--tv-weight", "3"],
-        ["--style-layers", "relu3_4"],
-        ["--optimizer", "adam"],
-        ["--lr", "0.1"],
-        ["--init", "style"],
-        ["--pooling", "max"],
-        ["--vgg", "vgg16"],
-        ["--precision", "bfloat16"],
-        ["--scales", "auto"],
-    ],
-)
-def test_every_option_changes_the_picture(options):
-    gatys_main(CONTENT, STYLE, "-o", "default.png", "--precision", "float32")
-    gatys_main(CONTENT, STYLE, "-o", "other.png", "--precision", "float32", *options)
-    with Image.open("default.png") as default, Image.open("other.png") as other:
-        assert (default.tobytes() != other.tobytes()) == (options != ["--scales", "auto"])
-        assert other.size == ((48, 48) if "--center-crop" in options else (48, 32))
+FLAGS = """--content-weight 2 alpha | --style-weight 3 beta | --tv-weight 4 tv_weight | --num-steps 6 num_steps
+    --content-layers relu3_1 content_layers | --style-layers relu2_2 style_layers | --style-blend 5 style_blend
+    --lbfgs-iters 7 lbfgs_iters | --scales 1 scales | --optimizer adam optimizer | --lr 0.5 lr | --init noise init
+    --pooling max pooling | --vgg vgg16 vgg | --vgg-weights random vgg_weights | --seed 8 seed
+    --precision bfloat16 precision""".replace("|", "\n").splitlines()
 
 
-@pytest.mark.parametrize("name", ["a{b}.png", "ä é.PNG", "-a.png", "in\udcff.png"])
-def test_unusual_names(name):
-    shutil.copy(STYLE, f"./{name}")
-    gatys_main("--save-all", "--save-gif", "--output", f"new/{name}", "--", CONTENT, f"./{name}")
-    with Image.open(f"new/{name}") as picture:
-        assert picture.size == (48, 32)
+def test_every_flag_reaches_paint(monkeypatch):
+    seen = {}
+
+    def paint(content, styles, **options):
+        seen.update(options, content=content, styles=styles)
+        yield content, {"total": 1.0}
+
+    names = list(inspect.signature(gatys.paint).parameters)
+    monkeypatch.setattr(gatys, "paint", functools.wraps(gatys.paint)(paint))
+    gatys.main([str(CONTENT), str(STYLE), "--device", "cpu", "-o", "a.png"])
+    defaults = {name: p.default for name, p in inspect.signature(gatys.paint).parameters.items()}
+    for name in names[2:]:
+        assert seen[name] == defaults[name], name
+    assert (max(seen["content"].shape), max(seen["styles"][0].shape)) == (512, 512)
+    flags = [line.split() for line in FLAGS]
+    gatys.main([str(CONTENT), str(STYLE), *(part for flag, value, _ in flags for part in (flag, value))])
+    for _, value, name in flags:
+        assert str(seen[name]).strip("[]'").removesuffix(".0") == value, name
+    assert {name for *_, name in flags} == set(names[2:])
+    gatys.main([str(CONTENT), str(STYLE), "--image-size", "64", "--style-scale", "0.5", "--center-crop", "-o", "b.png"])
+    assert (seen["content"].shape, seen["styles"][0].shape) == ((1, 3, 64, 64), (1, 3, 32, 32))
+
+
+def test_the_command_line_gives_the_picture_of_a_python_call():
+    gatys_main(CONTENT, STYLE, "--init", "noise", "--scales", "2", "-o", "a.png")
+    images = [gatys.load_image(path, 48) for path in (CONTENT, STYLE)]
+    result = gatys.stylize(
+        images[0], images[1:], init="noise", scales=2, num_steps=2, lbfgs_iters=1, vgg_weights="random"
+    )
+    assert (gatys.load_image("a.png") - result).abs().max() <= 0.5 / 255 + 1e-6
 
 
 def test_several_styles():
@@ -137,48 +142,29 @@ def test_odd_sizes(size):
 
 MISTAKES = [
     (["missing.jpg", STYLE], "missing.jpg"),
-    ([CONTENT, "missing.jpg"], "missing.jpg"),
     ([CONTENT], "style image"),
     ([], "content"),
     (["text.jpg", STYLE], "text.jpg"),
-    (["empty.png", STYLE], "empty.png"),
     (["truncated.jpg", STYLE], "truncated.jpg"),
-    ([ROOT, STYLE], "folder"),
+    ([ROOT, STYLE], "cannot read"),
     ([CONTENT, STYLE, "-o", "folder.png"], "folder.png"),
     ([CONTENT, STYLE, "-o", "text.jpg/a.png"], "text.jpg"),
-    ([CONTENT, STYLE, "-o", "/proc/a.png"], "/proc/a.png"),
     ([CONTENT, STYLE, "-o", "a.xyz"], ".png"),
-    ([CONTENT, STYLE, "-o", "a"], ".png"),
     ([CONTENT, "style.png", "-o", "./style.png"], "input"),
+    (["c.gif", STYLE, "--save-gif", "-o", "c.png"], "c.gif"),
+    (["d_frames/0008.png", STYLE, "--save-all", "-o", "d.png"], "d_frames"),
+    (["e_frames/0001.png", STYLE, "--save-all", "-o", "e.png"], "e_frames"),
     ([CONTENT, STYLE, "--style-layers", "relu1_1", "conv1_1"], "conv1_1"),
-    ([CONTENT, STYLE, "--vgg", "vgg16", "--content-layers", "relu5_4"], "relu5_4"),
     ([CONTENT, STYLE, "--image-size", "0"], "--image-size"),
-    ([CONTENT, STYLE, "--image-size", "big"], "--image-size"),
     ([CONTENT, STYLE, "--image-size", "12"], "too small"),
-    ([CONTENT, STYLE, "--scales", "9"], "too small"),
     ([CONTENT, STYLE, "--style-weight", "nan"], "--style-weight"),
-    ([CONTENT, STYLE, "--content-weight", "inf"], "--content-weight"),
-    ([CONTENT, STYLE, "--tv-weight", "-1"], "--tv-weight"),
     ([CONTENT, STYLE, "--lr", "-1"], "--lr"),
-    ([CONTENT, STYLE, "--num-steps", "0"], "--num-steps"),
-    ([CONTENT, STYLE, "--content-weight", "0", "--style-weight", "0"], "must be positive"),
     ([CONTENT, STYLE, "--style-blend", "1", "2"], "--style-blend"),
     ([CONTENT, STYLE, "--vgg-weights", "text.jpg"], "text.jpg"),
     ([CONTENT, STYLE, "--vgg", "alexnet"], "--vgg"),
     ([CONTENT, STYLE, "--device", "gpu"], "gpu"),
     ([CONTENT, STYLE, "--colour"], "--colour"),
-    ([CONTENT, STYLE, "--device", "meta"], "meta"),
-    ([CONTENT, STYLE, "--seed", "1" + 30 * "0"], "--seed"),
-    ([CONTENT, STYLE, "-o", 300 * "a" + ".png"], "aaa"),
-    ([CONTENT, STYLE, "--save-gif", "-o", "b.png"], "b.gif"),
-    (["c.gif", STYLE, "--save-gif", "-o", "c.png"], "c.gif"),
-    (["d_frames/0008.png", STYLE, "--save-all", "-o", "d.png"], "d_frames"),
-    (["loop.png", STYLE], "loop.png"),
-    ([CONTENT, STYLE, "-o", ""], "suffix"),
-    ([CONTENT, STYLE, "--num-steps", "1" + 400 * "0"], "--num-steps"),
-    ([CONTENT, STYLE, "--image-size", "100000"], "--image-size"),
     ([CONTENT, STYLE, "--style-scale", "1e9"], "--style-scale"),
-    ([CONTENT, STYLE, "--device", "hpu"], "hpu"),
     ([CONTENT, STYLE, "--lr", "1e12", "--optimizer", "adam", "--num-steps", "9"], "--lr"),
 ]
 
@@ -186,13 +172,12 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "word"), MISTAKES, ids=lambda value: None if isinstance(value, list) else value)
 def test_a_mistake_is_told_in_one_line(arguments, word, capsys):
     Path("folder.png").mkdir()
-    Path("b.gif").mkdir()
-    Path("loop.png").symlink_to("loop.png")
     Path("d_frames").mkdir()
     Image.new("RGB", (48, 48), "teal").save("d_frames/0008.png")
+    Path("e_frames").mkdir()
+    Path("e_frames/0001.png").symlink_to(CONTENT)  # a link in it would be removed with the old frames
     Image.new("RGB", (48, 48), "teal").save("c.gif")
     Path("text.jpg").write_text("not a picture")
-    Path("empty.png").touch()
     Path("truncated.jpg").write_bytes(CONTENT.read_bytes()[:5000])
     Image.new("RGB", (48, 48), "teal").save("style.png")
     with pytest.raises(SystemExit) as exit_:
@@ -220,6 +205,7 @@ def test_ctrl_c_saves_the_picture():
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "stopped: content_style.png holds the picture of step " in err
+    assert "again" in err  # a second Ctrl-C would end it at once
     with Image.open("content_style.png") as picture:
         assert picture.size == (48, 32)
         assert " of 100000" in picture.text["step"]
@@ -240,11 +226,6 @@ def test_a_full_disk_while_frames_are_saved_keeps_the_picture(monkeypatch, capsy
     assert exit_.value.code == 2
     assert "No space left" in capsys.readouterr().err
     assert Path("content_style.png").exists()
-
-
-def test_help_in_a_terminal_without_unicode():
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    subprocess.run([sys.executable, ROOT / "gatys.py", "--help"], env=environment, check=True, capture_output=True)
 
 
 def test_an_infinite_loss_keeps_the_last_good_picture(monkeypatch, capsys):
@@ -310,18 +291,11 @@ def test_the_readmes_pictures_are_there():
 
 def test_the_readme_documents_every_flag_and_its_default():
     readme = (ROOT / "README.md").read_text()
-    for flag in re.findall(r'add\((?:"-o", )?"(--[a-z-]+)"', (ROOT / "gatys.py").read_text()):
-        assert f"`{flag}`" in readme or flag == "--output"
+    flags = re.findall(r'add\((?:"-o", )?"(--[a-z0-9-]+)"', (ROOT / "gatys.py").read_text())
+    assert len(flags) > 20
+    assert all(f"`{flag}`" in readme or flag == "--output" for flag in flags)
     args = gatys.parse_args(["content.jpg"])
     row = next(line for line in readme.splitlines() if line.startswith("| `--content-weight`"))
-    assert f"| {args.content_weight:g}, {args.style_weight:g} |" in row
+    assert f"| {args.alpha:g}, {args.beta:g} |" in row
     row = next(line for line in readme.splitlines() if line.startswith("| `--num-steps`"))
     assert f"| {args.num_steps}, {args.lbfgs_iters} |" in row
-
-
-def test_the_command_line_and_stylize_have_the_same_defaults():
-    args = vars(gatys.parse_args(["content.jpg"]))
-    for name, parameter in inspect.signature(gatys.stylize).parameters.items():
-        if name in args and name not in ("content", "styles", "precision"):
-            assert args[name] == parameter.default, name
-    assert args["vgg"] == inspect.signature(gatys.stylize).parameters["arch"].default
