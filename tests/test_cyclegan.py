@@ -1,23 +1,19 @@
-"""cyclegan.py against the paper's equations, sizes and schedule; a swap that it learns; an exact resume."""
+"""cyclegan.py against the paper's equations, sizes and schedule, written out; a swap that it learns; its training."""
 
 import http.server
 import io
 import math
-import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from PIL import Image
 from test_cli import readme_commands
 from torch import nn
@@ -26,14 +22,10 @@ import common
 import cyclegan
 from common import InputError
 from cyclegan import (
-    COLUMNS,
     CycleGAN,
     Generator,
     ImagePool,
-    Pairs,
     PatchDiscriminator,
-    Trainer,
-    diagnose,
     discriminator_loss,
     generator_losses,
     load_generator,
@@ -45,13 +37,9 @@ ROOT = Path(__file__).parent.parent
 TINY = "--crop-size 32 --width 4 --blocks 1 --workers 0 --device cpu --precision float32"
 
 
-def settings(**changes):
-    values = {"lambda_cycle": 10.0, "lambda_identity": 0.5, "pool_size": 50, "lr": 2e-4, "beta1": 0.5}
-    return Namespace(**values | {"blocks": 1, "width": 4, "seed": 0} | changes)
-
-
-def trainer(**changes):
-    return Trainer(settings(**changes), torch.device("cpu"), torch.float32)
+def gan(**changes):
+    torch.manual_seed(0)
+    return CycleGAN(**{"blocks": 1, "width": 4} | changes)
 
 
 # --- Networks ---
@@ -94,6 +82,29 @@ def test_a_patch_has_70_pixels():
         assert seen.max() - seen.min() + 1 == 70
 
 
+def norm(y):
+    return (y - y.mean((2, 3), keepdim=True)) / (y.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+def D_by_hand(D, x):
+    """C64-C128-C256-C512 and one channel, from the weights of D, on pictures in -1 … 1."""
+    convolutions = [m for m in D.modules() if isinstance(m, nn.Conv2d)]
+    y = 2 * x - 1
+    for i, (c, stride) in enumerate(zip(convolutions, (2, 2, 2, 1, 1), strict=True)):
+        y = nnf.conv2d(y, c.weight, c.bias, stride, 1)
+        y = norm(y) if i in (1, 2, 3) else y
+        y = torch.where(y > 0, y, 0.2 * y) if i < 4 else y
+    return y
+
+
+def test_the_discriminator_is_the_papers():
+    torch.manual_seed(0)
+    D, x = PatchDiscriminator(6), torch.rand(2, 3, 48, 64)
+    for p in D.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    torch.testing.assert_close(D(x), D_by_hand(D, x), rtol=1e-4, atol=1e-4)
+
+
 def test_initial_weights():
     for network in (Generator(2), PatchDiscriminator()):
         weights = torch.cat([p.flatten() for name, p in network.named_parameters() if name.endswith("weight")])
@@ -118,24 +129,25 @@ def mean_square(a, target):
 def test_generator_losses_are_the_papers(weight):
     """Every term by loops in float64, from networks that are called for each picture alone."""
     torch.manual_seed(0)
-    model = CycleGAN(1, 4).double()
+    G_net, F_net, D_X_net, D_Y_net = nets = [Generator(1, 4).double() for _ in "GF"] + [
+        PatchDiscriminator(4).double() for _ in "XY"
+    ]
     x, y = torch.rand(2, 2, 3, 32, 32, dtype=torch.float64)
     # float() inside the networks is for bfloat16; here it would cost the digits that the test looks at
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", lambda self: self)
-        losses, G_x, F_y = generator_losses(model, x, y, 10.0, weight)
+        losses, G_x, F_y = generator_losses(*nets, x, y, 10.0, weight)
         G, F, D_X, D_Y = (
             lambda images, net=net: torch.cat([net(image[None]) for image in images])
-            for net in (model.G, model.F, model.D_X, model.D_Y)
+            for net in (G_net, F_net, D_X_net, D_Y_net)
         )
         # pictures in the networks' range, -1 … 1, as in the paper
         cycle = mean_abs(2 * F(G(x)) - 1, 2 * x - 1) + mean_abs(2 * G(F(y)) - 1, 2 * y - 1)
         identity = mean_abs(2 * G(y) - 1, 2 * y - 1) + mean_abs(2 * F(x) - 1, 2 * x - 1)
         expected = {"G": mean_square(D_Y(G(x)), 1), "F": mean_square(D_X(F(y)), 1), "cycle": cycle}
         expected["total"] = expected["G"] + expected["F"] + 10 * cycle
-        if weight:
-            expected["identity"] = identity
-            expected["total"] += 0.5 * 10 * identity
+        expected["identity"] = identity if weight else 0.0
+        expected["total"] += weight * 10 * expected["identity"]
         assert torch.allclose(G_x, G(x), atol=1e-12)
         assert torch.allclose(F_y, F(y), atol=1e-12)
     assert losses.keys() == expected.keys()
@@ -154,31 +166,69 @@ def test_discriminator_loss_is_the_papers():
         assert discriminator_loss(D, real, fake).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_step_changes_each_pair_by_its_own_loss_alone():
-    """With one optimiser stopped, the other's networks change and its own do not; and no gradient crosses over."""
-    x, y = torch.rand(2, 1, 3, 32, 32)
-    for stopped in ("optimizer_G", "optimizer_D"):
-        t = trainer()
-        before = {name: value.clone() for name, value in t.model.named_parameters()}
-        getattr(t, stopped).step = lambda: None
-        t.step(x, y, 1e-3)
-        for name, value in t.model.named_parameters():
-            moving = name.startswith("D_") == (stopped == "optimizer_G")
-            changed = not torch.equal(value, before[name])
-            # a bias before an instance norm has no effect, hence no gradient to speak of
-            assert changed == moving or (moving and name.endswith("bias")), name
+def test_a_step_is_the_papers():
+    """Two steps, with a pool of one picture, against a plain loop over Eq. 1 to 3 with torch's Adam."""
+    torch.manual_seed(0)
+    ours, pairs = gan(lr=1e-3, beta1=0.3, pool_size=1, seed=3, lambda_cycle=7.0), torch.rand(3, 2, 1, 3, 32, 32)
+    nets = {
+        name: type(net)(*((1, 4) if name in "GF" else (4,)))
+        for name, net in zip("GFXY", (ours.G, ours.F, ours.D_X, ours.D_Y), strict=True)
+    }
+    for name, net in zip("GFXY", (ours.G, ours.F, ours.D_X, ours.D_Y), strict=True):
+        nets[name].load_state_dict(net.state_dict())
+    G, F, D_X, D_Y = nets.values()
+    adam_G = torch.optim.Adam([*G.parameters(), *F.parameters()], 1e-3, (0.3, 0.999))
+    adam_D = torch.optim.Adam([*D_X.parameters(), *D_Y.parameters()], 1e-3, (0.3, 0.999))
+    kept, chance = {}, [torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)]
+    for x, y in pairs:
+        losses = ours.step(x, y)
+        G_x, F_y = G(x), F(y)
+        cycle = 2 * ((F(G_x) - x).abs().mean() + (G(F_y) - y).abs().mean())
+        identity = 2 * ((G(y) - y).abs().mean() + (F(x) - x).abs().mean())
+        a, b = ((D_Y(G_x) - 1) ** 2).mean(), ((D_X(F_y) - 1) ** 2).mean()
+        total = a + b + 7 * cycle + 3.5 * identity
+        expected = {"total": total, "G": a, "F": b, "cycle": cycle, "identity": identity}
+        adam_G.zero_grad()
+        total.backward()
+        adam_G.step()
+        shown = []
+        for name, fake, random in (("X", F_y.detach(), chance[0]), ("Y", G_x.detach(), chance[1])):
+            swap = name in kept and torch.rand((), generator=random) < 0.5
+            if swap:
+                torch.randint(1, (), generator=random)
+            shown.append(kept[name] if swap else fake)
+            kept[name] = fake if swap or name not in kept else kept[name]
+        expected["D_X"] = (((D_X(x) - 1) ** 2).mean() + (D_X(shown[0]) ** 2).mean()) / 2
+        expected["D_Y"] = (((D_Y(y) - 1) ** 2).mean() + (D_Y(shown[1]) ** 2).mean()) / 2
+        adam_D.zero_grad()
+        (expected["D_X"] + expected["D_Y"]).backward()
+        adam_D.step()
+        assert losses.keys() == expected.keys()
+        for name, value in expected.items():
+            assert losses[name].item() == pytest.approx(value.item(), rel=2e-3), name
+    for net, name in zip((ours.G, ours.F, ours.D_X, ours.D_Y), "GFXY", strict=True):
+        for (key, p), q in zip(net.named_parameters(), nets[name].parameters(), strict=True):
+            if key.endswith("weight"):  # a bias before a norm has no effect, and no gradient but noise
+                assert (p - q).abs().mean() < 3e-5, (name, key)
 
 
-def test_discriminators_learn_from_their_own_loss_alone():
-    """Their gradients after a step are those of their loss, with nothing left of the generators' step before it."""
-    x, y = torch.rand(2, 1, 3, 32, 32)
-    t, D, G = trainer(), trainer().model.D_Y, trainer().model.G
-    t.optimizer_G.step = t.optimizer_D.step = lambda: None
-    t.step(x, y, 1e-3)
-    discriminator_loss(D, y, G(x).detach()).backward()
-    for (name, p), q in zip(D.named_parameters(), t.model.D_Y.parameters(), strict=True):
-        if name.endswith("weight"):  # a bias before a norm has no effect, and no gradient but noise
-            assert (p.grad - q.grad).norm() < 1e-3 * q.grad.norm()
+def test_defaults_are_the_papers():
+    args = vars(cyclegan.parse_args(["train", "x", "y"]))
+    expected = {
+        "lambda_cycle": 10.0, "lambda_identity": 0.5, "pool_size": 50, "lr": 2e-4, "beta1": 0.5, "batch_size": 1,
+        "epochs": 100, "decay_epochs": 100, "load_size": 286, "crop_size": 256, "blocks": 9, "width": 64,
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+    small = cyclegan.parse_args(["train", "x", "y", "--crop-size", "128"])
+    assert (small.blocks, small.load_size) == (6, 143)
+    ours = CycleGAN()
+    for optimizer in (ours.optimizer_G, ours.optimizer_D):
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0)
+    assert (ours.lambda_cycle, ours.lambda_identity, ours.pool_X.size, ours.pool_Y.size) == (10, 0.5, 50, 50)
+    assert cyclegan.SERVER == "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
+    names = "horse2zebra apple2orange summer2winter_yosemite monet2photo cezanne2photo ukiyoe2photo vangogh2photo maps"
+    assert set(cyclegan.DATASETS) == {*names.split(), "facades", "iphone2dslr_flower", "ae_photos"}
 
 
 # --- The pool ---
@@ -214,7 +264,7 @@ def test_pool_survives_a_checkpoint(tmp_path):
     for i in range(20):
         pools[0].query(torch.full((1, 3, 2, 2), float(i)))
     torch.save(pools[0].state_dict(), tmp_path / "pool.pth")
-    pools[1].load_state_dict(torch.load(tmp_path / "pool.pth", weights_only=True), torch.device("cpu"))
+    pools[1].load_state_dict(torch.load(tmp_path / "pool.pth", weights_only=True))
     for i in range(20, 40):
         a, b = (pool.query(torch.full((1, 3, 2, 2), float(i))) for pool in pools)
         assert torch.equal(a, b)
@@ -230,28 +280,27 @@ def test_learning_rate_factor():
 
 
 def test_warnings_name_the_remedy():
-    healthy = dict.fromkeys(COLUMNS, 0.2)
-    assert diagnose([list(healthy.values())] * 20) == {}
-    cases = {
-        "D_X": {"D_X": 0.001},
-        "D_Y": {"D_Y": 0.001},
-        "G": {"change_G": 0.001},
-        "F": {"luminance_F": -0.9},
-    }
-    for about, change in cases.items():
-        rows = [list((healthy | change).values())]
-        assert list(diagnose(rows * 20)) == [about]
-        assert "--" in diagnose(rows * 20)[about]
-        assert diagnose(rows * 19) == {}
-        assert diagnose(rows * 3 + [list(healthy.values())] * 20) == {}
+    class Made(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.forward = function
 
-
-def test_signs_tell_the_identity_and_inverted_colours():
-    x = torch.rand(2, 3, 16, 16)
-    same, inverted = cyclegan.signs(x, x, "G"), cyclegan.signs(x, 1 - x, "G")
-    assert same["change_G"] == 0
-    assert same["luminance_G"].item() == pytest.approx(1, abs=1e-4)
-    assert inverted["luminance_G"].item() == pytest.approx(-1, abs=1e-4)
+    ours, x = gan(), torch.rand(2, 3, 32, 32)
+    good, bad = [[0.0, 0.2, 0.2]] * 20, {"D_X": [[0.0, 0.001, 0.2]] * 20, "D_Y": [[0.0, 0.2, 0.001]] * 20}
+    ours.G = ours.F = Made(lambda x: 0.5 * x)
+    assert cyclegan.diagnose(ours, x, x, good) == []
+    for name, rows in bad.items():
+        (warning,) = cyclegan.diagnose(ours, x, x, rows)
+        assert warning.startswith(name)
+        assert "--" in warning
+        assert cyclegan.diagnose(ours, x, x, rows[1:]) == cyclegan.diagnose(ours, x, x, rows + good) == []
+    for function, words in ((lambda x: x + 0.005, "identity"), (lambda x: 1 - x, "light into dark")):
+        for name in "GF":
+            ours.G = ours.F = Made(lambda x: 0.5 * x)
+            setattr(ours, name, Made(function))
+            (warning,) = cyclegan.diagnose(ours, x, x, good)
+            assert warning.startswith(name)
+            assert words in warning
 
 
 # --- Data ---
@@ -282,57 +331,6 @@ def folders(tmp_path):
             image = [image, image.convert("L"), image.convert("P"), image.resize((50, 37)), image.convert("RGBA")][i]
             image.save(tmp_path / name / ("deep" if i % 2 else "") / f"any name {i}.png")
     return [tmp_path / "x", tmp_path / "y"]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_depend_on_seed_and_step_alone(folders, workers):
-    X, Y = map(common.find_images, folders)
-    args = Namespace(batch_size=2, workers=workers)
-    whole = [(x, y) for x, y, _ in cyclegan.batches(Pairs(X, Y, 36, 32, 3), args, 0, 6, 0, 1)]
-    parts = [(x, y) for x, y, _ in cyclegan.batches(Pairs(X, Y, 36, 32, 3), args, 4, 6, 0, 1)]
-    for (x, y), (x_again, y_again) in zip(whole[4:], parts, strict=True):
-        assert x.shape == y.shape == (2, 3, 32, 32)
-        assert torch.equal(x, x_again)
-        assert torch.equal(y, y_again)
-    shares = [list(cyclegan.batches(Pairs(X, Y, 36, 32, 3), args, 0, 6, rank, 2)) for rank in (0, 1)]
-    for (x, y), first, second in zip(whole, *shares, strict=True):
-        assert torch.equal(x, torch.cat([first[0], second[0]]))
-        assert torch.equal(y, torch.cat([first[1], second[1]]))
-
-
-def test_an_epoch_is_the_larger_domain_once_and_the_other_is_reshuffled(folders, monkeypatch):
-    X, Y = map(common.find_images, folders)
-    read = []
-    load = cyclegan.load_image
-    monkeypatch.setattr(cyclegan, "load_image", lambda path, **k: read.append(path) or load(path, **k))
-    pairs = Pairs(X, Y, 36, 32, 0)
-    for i in range(30):
-        pairs[i]
-    xs, ys = read[::2], read[1::2]
-    assert all(sorted(xs[k : k + 5]) == X for k in range(0, 30, 5))
-    assert all(sorted(ys[k : k + 3]) == Y for k in range(0, 30, 3))
-    assert len({tuple(ys[k : k + 3]) for k in range(0, 30, 3)}) > 2
-    assert len({tuple(xs[k : k + 5]) for k in range(0, 30, 5)}) > 2
-
-
-def test_crops_are_flipped_half_the_time(tmp_path):
-    ramp = Image.linear_gradient("L").rotate(90).resize((32, 32))
-    ramp.save(tmp_path / "a.png")
-    pairs = Pairs([tmp_path / "a.png"], [tmp_path / "a.png"], 32, 32, 0)
-    rising = [bool(x[0, 0, 0] < x[0, 0, -1]) for x, _, _ in (pairs[i] for i in range(200))]
-    assert 70 < sum(rising) < 130
-
-
-def test_unreadable_files_are_skipped_and_counted(folders, capsys):
-    X, Y = map(common.find_images, folders)
-    X[0].write_text("no picture")
-    pairs = Pairs(X, Y, 36, 32, 0)
-    assert sum(pairs[i][2] for i in range(5)) == 1
-    assert "warning: cannot read" in capsys.readouterr().err
-    for path in X:
-        path.write_text("no picture")
-    with pytest.raises(InputError, match="domain X"):
-        pairs[0]
 
 
 def test_test_folders_are_used_for_the_samples(folders, tmp_path):
@@ -371,14 +369,16 @@ def server(tmp_path, monkeypatch):
     """Serve what `server.body` holds, after telling its length as `server.length`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if not self.path.endswith("/horse2zebra.zip"):
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(httpd.length or len(httpd.body)))
+        def do_HEAD(self):
+            found = self.path == "/datasets/horse2zebra.zip"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str((httpd.length or len(httpd.body)) if found else 0))
             self.end_headers()
-            self.wfile.write(httpd.body)
+            return found
+
+        def do_GET(self):
+            if self.do_HEAD():
+                self.wfile.write(httpd.body)
 
         def log_message(self, *arguments):
             pass
@@ -426,13 +426,24 @@ def test_a_damaged_archive_is_no_set(server, tmp_path, method):
     assert not (tmp_path / "data" / "horse2zebra").exists()
 
 
-@pytest.mark.parametrize("path", ["../../evil.png", "/tmp/evil-cyclegan-test.png", "../trainA/evil.png"])
-def test_an_archive_cannot_write_outside_its_folder(server, tmp_path, path):
-    server.body = archive(["trainA/a.png", "trainB/b.png", path])
-    with pytest.raises(InputError, match="outside"):
-        cyclegan.download("horse2zebra")
-    assert not any(tmp_path.rglob("*.png"))
-    assert not Path("/tmp/evil-cyclegan-test.png").exists()
+def test_an_archive_cannot_write_outside_its_folder(server, tmp_path):
+    for path in ("../../evil.png", "/tmp/evil-cyclegan-test.png", "../trainA/evil.png"):
+        server.body = archive(["trainA/a.png", "trainB/b.png", path])
+        shutil.rmtree(cyclegan.download("horse2zebra"))
+        assert not any(tmp_path.rglob("*.png"))
+        assert not Path("/tmp/evil-cyclegan-test.png").exists()
+
+
+def test_other_processes_wait_for_the_first_ones_download(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cyclegan.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
+    waiting = threading.Thread(target=cyclegan.download, args=("horse2zebra",))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    (tmp_path / "data" / "horse2zebra").mkdir(parents=True)
+    waiting.join(5)
+    assert not waiting.is_alive()
 
 
 def test_offline_and_unknown_sets_are_one_clear_line(tmp_path, monkeypatch, capsys):
@@ -468,113 +479,84 @@ def equal(a, b):
     return a == b
 
 
-STATE = ["G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pools", "step"]
+STATE = ["G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pools", "step", "history"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_interrupted_training_gives_the_same_state_bit_for_bit(folders, tmp_path, workers):
-    """Also in the middle of an epoch, with a pool that has begun to swap, and while the learning rate falls."""
-    arguments = [*folders, "--epochs", 1, "--decay-epochs", 2, "--pool-size", 2, "--workers", workers]
+def test_a_training_in_parts_from_the_command_line(folders, tmp_path, monkeypatch):
+    """In the middle of an epoch, with a pool that has begun to swap, while the learning rate falls."""
+    seen, rates, crops, step = [], [], cyclegan.Crops, CycleGAN.step
+    monkeypatch.setattr(cyclegan, "Crops", lambda *a, **k: seen.append((a, k)) or crops(*a, **k))
+
+    def noting(self, x, y):
+        rates.append([g["lr"] for g in self.optimizer_G.param_groups + self.optimizer_D.param_groups])
+        return step(self, x, y)
+
+    monkeypatch.setattr(CycleGAN, "step", noting)
+    arguments = [*folders, "--epochs", 1, "--decay-epochs", 2, "--pool-size", 2, "--lr", "1e-3", "--seed", 5]
+    arguments += ["--lambda-cycle", 3, "--beta1", 0.9, "--lambda-identity", 0]
     train(*arguments, "-o", tmp_path / "whole")
-    train(*arguments, "-o", tmp_path / "parts", "--max-steps", 7)
-    checkpoint = tmp_path / "parts" / "checkpoint.pth"
-    train(*arguments, "-o", tmp_path / "parts", "--resume", checkpoint)
-    whole, parts = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "parts"))
+    assert rates == [pytest.approx([rate] * 2) for rate in [1e-3] * 10 + [5e-4] * 5]
+    for steps in (7, 11, 20):
+        train(*arguments, "-o", tmp_path / "parts", "--max-steps", steps, "--resume")
+    whole, parts = (common.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     assert whole["step"] == 15
-    for name in STATE:
-        assert equal(whole[name], parts[name]), name
-    untrained = trainer().model.G.state_dict()
-    assert not any(torch.equal(whole["G"][name], untrained[name]) for name in untrained if name.endswith("weight"))
+    assert all(equal(whole[name], parts[name]) for name in STATE)
+    X, Y = (common.find_images(folder) for folder in folders)
+    assert seen[0] == (([X, Y], 36, 32, 5), {"flip": True})
+    assert whole["optimizer_D"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    for _, _, _, total, G, F, cycle, identity, *_ in whole["history"]:
+        assert identity == 0
+        assert total == pytest.approx(G + F + 3 * cycle, rel=1e-5)
+    assert [row[:2] for row in whole["history"]] == [[1, 1], [10, 2]]
 
 
-def test_killed_at_any_moment(folders, tmp_path):
-    """kill -9 leaves the last checkpoint, and resuming from it gives the state of an uninterrupted training."""
-    arguments = [*folders, "--checkpoint-every", 2, "--epochs", 10000]
-    command = [sys.executable, ROOT / "cyclegan.py", "train", *TINY.split(), *arguments, "-o", tmp_path / "a"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-    checkpoint, deadline = tmp_path / "a" / "checkpoint.pth", time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    reached = torch.load(checkpoint, weights_only=True)["step"]
-    train(*arguments, "-o", tmp_path / "a", "--max-steps", reached + 3, "--resume", checkpoint)
-    train(*arguments, "-o", tmp_path / "b", "--max-steps", reached + 3)
-    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
-    assert all(equal(a[name], b[name]) for name in STATE)
-
-
-def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(folders, tmp_path):
-    """Sent to the workers as well, as a terminal does; the checkpoint is of a step that is no regular one."""
-    arguments = [*folders, "-o", tmp_path / "a", "--workers", 2, "--epochs", 0, "--decay-epochs", 100000]
-    command = [sys.executable, ROOT / "cyclegan.py", "train", *TINY.split(), *arguments]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, start_new_session=True)
-    shown = b""
-    while b"D_X" not in shown:  # in the progress bar, from step 5 on
-        shown += process.stderr.read(1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in err
-    checkpoint = tmp_path / "a" / "checkpoint.pth"
-    assert f"--resume {checkpoint}".encode() in err.splitlines()[-1]
-    reached = torch.load(checkpoint, weights_only=True)["step"]
-    train(*arguments, "--max-steps", reached + 2, "--resume", checkpoint)
-    train(*folders, "-o", tmp_path / "b", *arguments[6:], "--max-steps", reached + 2)
-    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
+def test_a_checkpoint_of_an_older_version_goes_on(folders, tmp_path):
+    """One list of losses more a row, file lists as checksums, an architecture."""
+    arguments = [*folders, "--epochs", 100, "--max-steps"]
+    for name in "ab":
+        train(*arguments, 3, "-o", tmp_path / name)
+    path = tmp_path / "b" / "checkpoint.pth"
+    old = common.load_checkpoint(path)
+    del old["inputs"]
+    old["settings"] |= {"X": "453f4bc5", "Y": "15d52480"}
+    old |= {
+        "history": [[*row, 0.1, 0.2, 0.3, 0.4] for row in old["history"]],
+        "architecture": {"blocks": 1, "width": 4},
+    }
+    torch.save(old, path)
+    for name in "ab":
+        train(*arguments, 6, "-o", tmp_path / name, "--resume")
+    a, b = (common.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ab")
     assert all(equal(a[name], b[name]) for name in STATE)
 
 
 def test_what_a_training_leaves(folders, tmp_path):
     run = tmp_path / "new" / "run"
-    train(*folders, "-o", run, "--epochs", 2, "--decay-epochs", 0, "--export", run / "small.pth")
+    arguments = [*folders, "-o", run, "--epochs", 2, "--decay-epochs", 0, "--export", run / "small.pth"]
+    train(*arguments)
     names = ["checkpoint.pth", "epoch_001.jpg", "epoch_002.jpg", "losses.csv", "losses.png", "small.pth"]
     assert sorted(path.name for path in run.iterdir()) == names
     rows = [row.split(",") for row in (run / "losses.csv").read_text().splitlines()]
-    assert rows[0] == COLUMNS
-    assert [(row[0], row[1]) for row in rows[1:]] == [("5", "1"), ("10", "2")]
-    assert all(math.isfinite(float(value)) for row in rows[1:] for value in row)
+    assert rows[0] == ["step", "epoch", "lr", "total", "G", "F", "cycle", "identity", "D_X", "D_Y"]
+    assert [(row[0], row[1]) for row in rows[1:]] == [("1", "1"), ("10", "2")]
     with Image.open(run / "epoch_001.jpg") as sheet:
         assert sheet.size == (4 * 32 + 8 + 4 * 32, 4 * 32)
-    small = torch.load(run / "small.pth", weights_only=True)
-    assert small.keys() == {"architecture", "settings", "command", "G", "F"}
+    small = common.load_checkpoint(run / "small.pth")
     assert all(value.dtype == torch.half for value in small["G"].values())
     for model, precise in (("small.pth", False), ("checkpoint.pth", True)):
         for direction, name in (("x2y", "G"), ("y2x", "F")):
             network = load_generator(run / model, direction)
-            state = torch.load(run / "checkpoint.pth", weights_only=True)[name]
+            state = common.load_checkpoint(run / "checkpoint.pth")[name]
             for key, value in network.state_dict().items():
                 assert torch.allclose(value, state[key], rtol=0 if precise else 1e-3, atol=0 if precise else 1e-6)
-
-
-def test_discriminators_are_shown_what_the_pool_gives(monkeypatch):
-    x, y = torch.rand(2, 1, 3, 32, 32)
-    t, shown = trainer(pool_size=3), []
-    for pool, value in ((t.pool_X, 0.25), (t.pool_Y, 0.75)):
-        pool.query(torch.full((3, 3, 32, 32), value))
-    loss = cyclegan.discriminator_loss
-    monkeypatch.setattr(
-        cyclegan, "discriminator_loss", lambda D, real, fake: shown.append((real, fake)) or loss(D, real, fake)
-    )
-    for _ in range(20):
-        t.step(x, y, 1e-4)
-    for k, (real, value) in enumerate(((x, 0.25), (y, 0.75))):
-        assert all(torch.equal(r, real) for r, _ in shown[k::2])
-        assert sum(bool((fake == value).all()) for _, fake in shown[k::2]) == 3  # each of the old ones, once
-
-
-def test_the_learning_rate_falls_as_scheduled(folders, tmp_path, monkeypatch):
-    rates, step = [], Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, x, y, lr: rates.append(lr) or step(self, x, y, lr))
-    train(*folders, "-o", tmp_path / "run", "--epochs", 1, "--decay-epochs", 2, "--lr", "1e-3")
-    assert rates == pytest.approx([1e-3] * 10 + [5e-4] * 5)
-    state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
-    assert [state[name]["param_groups"][0]["lr"] for name in ("optimizer_G", "optimizer_D")] == [5e-4] * 2
+    (run / "small.pth").unlink()
+    train(*arguments, "--resume")  # it may have been killed before it wrote all
+    assert (run / "small.pth").exists()
 
 
 def test_the_sheet_shows_both_ways():
-    t, x, y = trainer(), torch.rand(2, 3, 32, 32), torch.rand(1, 3, 32, 32)
-    G, F = t.model.G, t.model.F
+    t, x, y = gan(), torch.rand(2, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    G, F = t.G, t.F
     sheet = cyclegan.sample_sheet(t, x, y)
     with torch.no_grad():
         columns = [x, G(x), F(G(x)), F(x)], [y, F(y), G(F(y)), G(y)]
@@ -585,57 +567,27 @@ def test_the_sheet_shows_both_ways():
     assert (sheet[:, 32:, 4 * 32 :] == 1).all()  # y has one row only
 
 
-def test_broken_weights_are_never_saved(folders, tmp_path, monkeypatch, capsys):
-    step = Trainer.step
-
-    def breaking(self, x, y, lr):
-        losses = step(self, x, y, lr)  # which are finite
-        next(self.model.G.parameters()).data[0] = math.nan
-        return losses
-
-    monkeypatch.setattr(Trainer, "step", breaking)
-    with pytest.raises(SystemExit) as exit_:
-        train(*folders, "-o", tmp_path / "a", "--max-steps", 1)
-    assert exit_.value.code == 2
-    assert "--lr" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "a" / "checkpoint.pth").exists()
-
-
-def test_one_bad_test_picture_does_not_end_a_training(folders, tmp_path):
-    common.find_images(folders[0])[0].write_text("no picture")
-    train(*folders, "-o", tmp_path / "run", "--max-steps", 5)
-    assert (tmp_path / "run" / "epoch_001.jpg").exists()
-
-
 def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
     arguments = [*folders, "-o", tmp_path / "a", "--max-steps", 1]
     train(*arguments)
     checkpoint = tmp_path / "a" / "checkpoint.pth"
-    text, other, broken = (tmp_path / f"{name}.pth" for name in ("text", "other", "broken"))
-    shutil.copy(checkpoint, other)
-    torch.save(torch.load(checkpoint, weights_only=True) | {"pools": []}, broken)
-    text.write_text("no checkpoint")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "model.pth").write_text("another model")
     cases = [
         ([*arguments], "--resume"),  # it exists: no training is overwritten by another one
-        ([*arguments, "--resume", checkpoint, "--lr", 0.5], "lr 0.0002, not 0.5"),
-        ([*arguments, "--resume", checkpoint, "--blocks", 2], "blocks 1, not 2"),
-        ([*arguments, "--resume", text], "damaged"),
+        ([*arguments, "--resume", "--blocks", 2], "--blocks 1, not 2"),
         ([*folders, "--load-size", 33, "--crop-size", 64], "--load-size"),
         ([*folders, "--crop-size", 45], "multiple of 4"),
         ([*folders, "--crop-size", 28], "--crop-size"),
         ([*folders, "--export", "small"], ".pth"),
-        ([*folders, "-o", tmp_path / "c", "--export", tmp_path / "c" / "checkpoint.pth"], "the checkpoint itself"),
-        ([*folders, "-o", folders[0] / "run"], "among the pictures"),
-        ([*folders, "-o", tmp_path / "a", "--resume", tmp_path / "b" / "checkpoint.pth"], "no such file"),
-        ([*folders, "-o", tmp_path / "a", "--resume", other], "exists"),
-        ([*folders, "-o", tmp_path / "d", "--resume", broken], "no training to resume"),
-        ([folders[1], folders[0], "-o", tmp_path / "a", "--resume", checkpoint], "X "),
+        ([*folders, "--export", tmp_path / "model.pth"], "model.pth exists"),
+        ([*folders, "--export", checkpoint, "--resume", checkpoint], "an input"),
+        ([*folders, "-o", folders[0] / "run"], "an input"),
+        ([folders[1], folders[0], "-o", tmp_path / "a", "--resume"], "another X: "),
         ([*folders, "--epochs", -1], "--epochs"),
         ([folders[0], tmp_path / "empty"], "no images"),
         ([folders[0], tmp_path / "missing"], "no such folder"),
         ([*folders, folders[0]], "name two"),
-        ([*folders, "--device", "tpu"], "device"),
         ([*folders, "--epochs", 0, "--decay-epochs", 0], "--epochs"),
     ]
     for case, words in cases:
@@ -647,47 +599,22 @@ def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
         assert words in error, case
 
 
-def test_an_infinite_loss_keeps_the_last_good_checkpoint(folders, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        train(*folders, "-o", tmp_path / "a", "--lr", "1e30")
-    assert exit_.value.code == 2
-    assert "--lr" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "a" / "checkpoint.pth").exists()
-
-
-def test_two_processes_train_as_one_with_the_joint_batch(folders, tmp_path):
-    arguments = ["train", *TINY.split(), *folders, "--batch-size", 2, "--max-steps", 1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29519"]
-    two = subprocess.run(
-        [*torchrun, ROOT / "cyclegan.py", *map(str, arguments), "-o", tmp_path / "two"],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
-    cyclegan.main([*map(str, arguments), "-o", str(tmp_path / "one")])
-    one, two = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True) for n in ("one", "two"))
-    assert len(two["pools"]) == 2
-    for name in ("optimizer_G", "optimizer_D"):  # after one step Adam's first moment is 0.5 × the gradient
-        a, b = (torch.cat([p["exp_avg"].flatten() for p in state[name]["state"].values()]) for state in (one, two))
-        assert a.norm() > 0
-        assert (a - b).norm() < 1e-4 * a.norm()
-
-
 def test_a_colour_swap_is_learned():
     """Red discs become blue and the other way round, although no picture of X has its counterpart in Y."""
-    t = trainer(width=16)
+    t = gan(width=16)
     X, Y = (torch.from_numpy(shapes(c, 64, s, 32)).permute(0, 3, 1, 2).float() / 255 for c, s in ((RED, 1), (BLUE, 2)))
     test = torch.from_numpy(shapes(RED, 8, 3, 32)).permute(0, 3, 1, 2).float() / 255
     true_swap = test.flip(1)  # red ↔ blue; grey stays
 
     def error():
         with torch.no_grad():
-            return (t.model.G(test) - true_swap).abs().mean().item()
+            return (t.G(test) - true_swap).abs().mean().item()
 
     untrained, generator = error(), torch.Generator().manual_seed(0)
     for i in range(400):
         x, y = (data[torch.randint(64, (1,), generator=generator)] for data in (X, Y))
-        t.step(x, y, 5e-4 * min(1, 2 - i / 200))
+        t.set_lr(5e-4 * min(1, 2 - i / 200))
+        t.step(x, y)
     unchanged = (test - true_swap).abs().mean().item()
     assert error() < 0.45 * untrained
     assert error() < 0.6 * unchanged
@@ -763,14 +690,15 @@ def test_padding_does_not_reach_the_picture_beyond_its_border():
     """A size that needs no padding gives the network's own pixels."""
     network, x = Generator(1, 4).eval(), torch.rand(1, 3, 32, 40)
     with torch.no_grad():
-        assert torch.equal(translate(network, x), network(x))
+        assert torch.equal(translate(network, x, "float32"), network(x))
+        odd = torch.cat([x[..., :39], x[..., 37:38]], -1)  # its mirror image to the right
+        torch.testing.assert_close(translate(network, x[..., :39], "float32"), network(odd)[..., :39])
 
 
 @pytest.fixture
 def model(tmp_path):
-    networks = CycleGAN(1, 4)
-    record = {"architecture": {"blocks": 1, "width": 4}}
-    cyclegan.export(tmp_path / "model.pth", record, networks)
+    state = {name: net.state_dict() for name, net in (("G", Generator(1, 4)), ("F", Generator(1, 4)))}
+    torch.save(state, tmp_path / "model.pth")
     return tmp_path / "model.pth"
 
 
@@ -793,12 +721,13 @@ def test_translate_files_and_folders(folders, model, tmp_path, monkeypatch):
 
 def test_no_model_is_one_clear_line(folders, tmp_path, capsys):
     picture = common.find_images(folders[0])[0]
-    truncated, foreign, fast = tmp_path / "truncated.pth", tmp_path / "foreign.pth", tmp_path / "fast.pth"
-    cyclegan.export(truncated, {"architecture": {"blocks": 1, "width": 4}}, CycleGAN(1, 4))
-    truncated.write_bytes(truncated.read_bytes()[:5000])
+    broken, foreign, fast = tmp_path / "broken.pth", tmp_path / "foreign.pth", tmp_path / "fast.pth"
+    state = Generator(1, 4).state_dict()
+    state["model.1.weight"][0] = math.inf
+    torch.save({"G": state, "F": state}, broken)
     torch.save({"weights": torch.rand(3)}, foreign)
     torch.save({"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}, fast)
-    for file in (picture, truncated, foreign, fast, tmp_path / "missing.pth", tmp_path):
+    for file in (picture, broken, foreign, fast, tmp_path / "missing.pth", tmp_path):
         with pytest.raises(SystemExit) as exit_:
             cyclegan.main(["translate", str(picture), "--model", str(file)])
         assert exit_.value.code == 2
@@ -814,34 +743,35 @@ def test_the_readmes_commands_work(tmp_path, monkeypatch):
     for part, folder in (("trainA", "photos"), ("trainB", "paintings")):
         shutil.copytree(f"examples/{folder}", f"data/horse2zebra/{part}")
     commands = readme_commands("cyclegan.py")
-    assert len(commands) == 6
+    assert len(commands) == 5
     for n, arguments in enumerate(commands):
         tiny = [*TINY.split(), "--max-steps", str(n + 1)] if arguments[0] == "train" else ["--image-size", "24"]
         cyclegan.main([*arguments, *tiny])
     assert Path("content_x2y.jpg").exists()
     assert Path("style_y2x.jpg").exists()
-    assert torch.load("run_zebra/checkpoint.pth", weights_only=True)["step"] == 5
+    assert common.load_checkpoint(Path("run_zebra/checkpoint.pth"))["settings"]["lambda_identity"] == 0
 
 
 def test_the_readme_documents_every_flag_and_its_default():
     readme = (ROOT / "README.md").read_text()
     section = readme[readme.index("## Unpaired translation") : readme.index("## Speed")]
-    parser_text = (ROOT / "cyclegan.py").read_text()
-    train_flags = parser_text[parser_text.index('"learn from two sets') : parser_text.index('"translate pictures"')]
-    for flag in re.findall(r'"(--[a-z-]+)"', train_flags):
-        assert f"`{flag}`" in section or flag == "--output", flag
+    script, shared = ((ROOT / name).read_text() for name in ("cyclegan.py", "common.py"))
+    text = script[script.index('"learn from two sets') : script.index('"translate pictures"')]
+    text += shared[shared.index("def add_training_arguments") : shared.index("def one_line_errors")]
+    flags = re.findall(r'"(--[a-z0-9-]+)"', text)
+    assert len(flags) > 15
+    assert all(f"`{flag}`" in section or flag == "--output" for flag in flags)
     args = vars(cyclegan.parse_args(["train", "x", "y"]))
     for line in section.splitlines():
         if line.startswith("| `--") and line.split("|")[3].strip():
             flags = re.findall(r"--([a-z0-9-]+)", line.split("|")[1])
             for flag, value in zip(flags, line.split("|")[3].split(","), strict=False):  # --resume has none
                 default = args[flag.replace("-", "_")]
-                assert value.strip() == str(default) or default is None or float(value) == default, flag
+                assert value.strip() == str(default) or " " in value.strip() or float(value) == default, flag
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_step_on_cuda():
-    t = Trainer(settings(), torch.device("cuda"), torch.bfloat16)
     x, y = torch.rand(2, 1, 3, 64, 64, device="cuda")
-    losses = t.step(x, y, 2e-4)
+    losses = gan(device="cuda", precision=torch.bfloat16).step(x, y)
     assert all(value.isfinite() for value in losses.values())
