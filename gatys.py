@@ -19,9 +19,9 @@ Where this departs from the paper:
 - The painting keeps its aspect ratio, and its size relative to the photo is a parameter.
 - A margin of 8 px is painted around the picture and cut off in the end: the network pads with zeros, and that shows as
   a frame.
-- The optimisation starts from the content photo (`--init noise` is the paper's) and goes from coarse to fine
-  (`--scales 1` is the paper's), as in Gatys et al., "Controlling Perceptual Factors in Neural Style Transfer",
-  CVPR 2017: large shapes of the style are found at low resolution, in a fraction of the time.
+- The optimisation starts from the content photo in the colours of the painting (`--init noise` is the paper's) and goes
+  from coarse to fine (`--scales 1` is the paper's), both as in Gatys et al., "Controlling Perceptual Factors in Neural
+  Style Transfer", CVPR 2017: large shapes of the style are found at low resolution, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -127,12 +127,12 @@ def paint(
     content_layers: Sequence[str] = CONTENT_LAYERS,
     style_layers: Sequence[str] = STYLE_LAYERS,
     style_blend: Sequence[float] | None = None,
-    num_steps: int = 8,
-    lbfgs_iters: int = 4,
+    num_steps: int = 16,
+    lbfgs_iters: int = 2,
     scales: int | None = None,
     optimizer: str = "lbfgs",
     lr: float | None = None,
-    init: str = "content",
+    init: str = "recolored",
     pooling: str = "avg",
     vgg: str = "vgg19",
     vgg_weights: str | Path = "auto",
@@ -147,10 +147,11 @@ def paint(
         alpha, beta, tv_weight: α and β of Eq. 7, and the weight of the total variation.
         content_layers, style_layers: names such as `relu4_2`.
         style_blend: one share for each style; None for equal shares.
-        num_steps, lbfgs_iters: steps at each scale, and iterations in each step.
+        num_steps, lbfgs_iters: steps at full size, and iterations in each; every coarser scale has twice as many steps.
         scales: how many sizes to go through, each half the next; None goes down to a longer side of 192 px or more.
         optimizer, lr: `lbfgs` (learning rate 1 by default) or `adam` (0.02 of the range of a pixel).
-        init: what to start from: `content`, `style` or `noise` (white noise from `seed`).
+        init: what to start from: `content`, `recolored` (the content in the styles' colours), `style`, or `noise`
+            (white, from `seed`).
         pooling, vgg, vgg_weights: of the network; see `common.VGG`.
         precision: of the network: `float32`, `bfloat16`, or `auto`, bfloat16 where the device has it natively.
 
@@ -176,7 +177,7 @@ def paint(
         paintings = [resize(style, factor) for style in styles if style_layers]
         if x is None:
             phi = rescale(phi, [photo] * bool(content_layers) + paintings)
-            x = start(init, photo, styles, seed)
+            x = start(init, photo, styles, blend, seed)
         else:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
             x = nnf.pad(x, [MARGIN] * 4, mode="replicate")
@@ -190,7 +191,7 @@ def paint(
         def objective(x: Tensor, P: dict[str, Tensor] = P, A: dict[str, Tensor] = A) -> dict[str, Tensor]:
             return total_loss(x, features(x, [*P, *A]), P, A, alpha, beta, tv_weight)
 
-        for picture, losses in optimize(x, objective, num_steps, lbfgs_iters, optimizer, lr):
+        for picture, losses in optimize(x, objective, round(num_steps / factor), lbfgs_iters, optimizer, lr):
             x = picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
             yield x, losses
 
@@ -274,10 +275,12 @@ def resize(image: Tensor, factor: float) -> Tensor:
     return smooth.clamp(0, 1).to(image.device)
 
 
-def start(init: str, photo: Tensor, styles: Sequence[Tensor], seed: int) -> Tensor:
-    """The picture to start from, as large as the photo (1, 3, H, W): the photo, white noise, or the first style."""
-    if init == "content":
+def start(init: str, photo: Tensor, styles: Sequence[Tensor], blend: Sequence[float], seed: int) -> Tensor:
+    """The picture to start from, as large as the photo (1, 3, H, W); `init` is that of `paint`."""
+    if init == "content" or (init == "recolored" and not styles):
         return photo
+    if init == "recolored":
+        return match_color(photo, styles, blend).clamp(0, 1)
     if init == "noise":  # drawn on the CPU, so that every device starts from the same
         return torch.rand(photo.shape, generator=torch.Generator().manual_seed(seed)).to(photo)
     h, w = photo.shape[-2:]
@@ -285,6 +288,32 @@ def start(init: str, photo: Tensor, styles: Sequence[Tensor], seed: int) -> Tens
     size = [math.ceil(side * cover) for side in styles[0].shape[-2:]]
     covering = nnf.interpolate(styles[0].cpu(), size, mode="bicubic", antialias=True).clamp(0, 1)
     return center_crop(covering, [h, w]).to(photo.device)
+
+
+def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float] | None = None) -> Tensor:
+    """Map the colours of `image` (1, 3, H, W) affinely, so that their mean and covariance are those of `targets`.
+
+    `shares` says how much each target counts; None: all the same.
+    """
+
+    def statistics(images: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        pixels = torch.cat([image.flatten(2)[0] for image in images], dim=1).double().cpu()  # (3, pixels)
+        sizes = torch.tensor([image[0, 0].numel() for image in images])
+        weights = (torch.tensor(shares).double() / sizes).repeat_interleave(sizes)  # of each pixel
+        mean = (pixels * weights).sum(1, keepdim=True) / weights.sum()
+        return mean, (pixels - mean) * weights @ (pixels - mean).T / weights.sum()
+
+    def power(C: Tensor, exponent: float, least: float) -> Tensor:
+        values, vectors = torch.linalg.eigh(C)
+        return vectors * values.clamp_min(least) ** exponent @ vectors.T
+
+    # Gatys et al. 2017, §4:  x ↦ A x + b  with A C_x Aᵀ = C_s. Of all such A the symmetric one, the linear Monge map,
+    # moves colours least:  A = C_x^-½ (C_x^½ C_s C_x^½)^½ C_x^-½
+    (mean_x, C_x), (mean_s, C_s) = statistics([image], [1.0]), statistics(targets, shares or [1.0] * len(targets))
+    root, inverse = (power(C_x, exponent, 1e-4) for exponent in (0.5, -0.5))  # no less: that would amplify noise
+    A = inverse @ power(root @ C_s @ root, 0.5, 0.0) @ inverse
+    matched = A @ (image.flatten(2)[0].double().cpu() - mean_x) + mean_s
+    return matched.view(image.shape).to(image)
 
 
 # ===========================================================================================================
@@ -307,7 +336,7 @@ def check_arguments(
     """Raise InputError where the arguments of `paint` contradict each other; return the share of each style."""
     if any(image.ndim != 4 or image.shape[:2] != (1, 3) for image in [content, *styles]):
         raise InputError("images must be of shape (1, 3, H, W)")
-    if optimizer not in ("lbfgs", "adam") or init not in ("content", "style", "noise"):
+    if optimizer not in ("lbfgs", "adam") or init not in ("recolored", "content", "style", "noise"):
         raise InputError(f"unknown optimizer {optimizer} or init {init}")
     if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
         raise InputError("nothing to do: --content-weight or --style-weight must be positive")
@@ -354,12 +383,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--content-layers", **layers, help="of relu1_1 … relu5_4")
     add("--style-layers", **layers, help="of relu1_1 … relu5_4")
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
-    add("--num-steps", type=number(int, 1, 10**6), help="steps at each scale; each one is reported")
+    add("--num-steps", type=number(int, 1, 10**6), help="steps at full size; each coarser scale has twice as many")
     add("--lbfgs-iters", type=number(int, 1, 10**6), help="iterations of the optimiser in each step")
     add("--scales", type=scales, help="sizes to go through, each half the next (default: auto, from about 192 px)")
     add("--optimizer", choices=["lbfgs", "adam"], help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
-    add("--init", choices=["content", "style", "noise"], help="start; the paper's is noise")
+    add("--init", choices=["recolored", "content", "style", "noise"], help="start; the paper's is noise")
     add("--pooling", choices=["avg", "max"], help="the paper's is avg")
     add("--vgg", choices=["vgg19", "vgg16", "auto"], help="the paper's is vgg19; it needs no download")
     add("--vgg-weights", metavar="FILE", help="torchvision state dict, or random")
@@ -393,10 +422,13 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     parameters = inspect.signature(paint).parameters.values()
     options = {p.name: getattr(args, p.name) for p in parameters if p.kind == p.KEYWORD_ONLY}
     factors = scale_factors(content, args.scales)
-    steps, work = args.num_steps * len(factors), args.num_steps * sum(factor**2 for factor in factors)
+    # The share of the work that each step is: twice as many steps a coarser scale, each a quarter of the work.
+    shares = [f**2 for f in factors for _ in range(round(args.num_steps / f))]
+    steps = len(shares)
     best: Frame | None = None
     failure: Exception | None = None
-    best_step, history, frames = 0, [], []  # type: int, list[list[float]], list[Image.Image]
+    best_step, history = 0, []  # type: int, list[list[float]]
+    frames = [to_pil(enlarge(content, content, most=384))]
     bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", smoothing=0)
     with catching_interrupts() as interrupts, bar:
         try:
@@ -406,9 +438,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
                 best = better(frame, best)
                 best_step = len(history) if best is frame else best_step
                 bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in losses.items()), refresh=False)
-                bar.update(min(1 - bar.n, factors[(len(history) - 1) // args.num_steps] ** 2 / work))
+                bar.update(min(1 - bar.n, shares[len(history) - 1] / sum(shares)))
                 if args.save_gif:
-                    frames.append(to_pil(enlarge(image, content, most=512)))
+                    frames.append(to_pil(enlarge(image, content, most=384)))
                 if args.save_all:
                     save_frame(image, folder, len(history))
                 if interrupts:
@@ -466,11 +498,22 @@ def save_frame(image: Tensor, folder: Path, step: int) -> None:
     save_image(image, folder / f"{step:04d}.png")
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 100) -> None:
-    """Write frames, all of one size, as an endless animation that rests on its last frame."""
-    durations = [milliseconds] * (len(frames) - 1) + [10 * milliseconds]
-    data = io.BytesIO()
-    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 5.0, most: int = 3_000_000) -> None:
+    """Write an animation that fades from the first frame into the second and rests on the last, of `most` bytes."""
+    first, second, *rest = frames
+    both = Image.new("RGB", (first.width, 2 * first.height))  # the colours of the beginning and of the end
+    both.paste(first)
+    both.paste(frames[-1], (0, first.height))
+    palette = both.quantize(96)
+    frames = [Image.blend(first, second, k / 8) for k in range(8)] + [second, *rest]
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    while True:
+        durations = [1000 * seconds / len(frames)] * (len(frames) - 1) + [2000]
+        data = io.BytesIO()
+        frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        if data.tell() <= most or len(frames) < 10:
+            break
+        frames = [*frames[:-1:2], frames[-1]]  # every second one
     write_file(data.getvalue(), path)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 import gatys
 
@@ -56,18 +56,33 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
 
 def test_everything_that_can_be_saved(capsys):
     gatys_main(CONTENT, STYLE, "-o", "new/a.jpg", "--save-gif", "--save-all", "--save-losses", "--scales", "2")
-    frames = [f"a_frames/{step:04d}.png" for step in (1, 2, 3, 4)]
+    frames = [f"a_frames/{step:04d}.png" for step in range(1, 7)]
     assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", *frames])
     with Image.open("new/a.gif") as animation:
-        assert (animation.n_frames, animation.size) == (4, (48, 32))
+        assert animation.size == (48, 32)
+        assert animation.n_frames == 8 + 6  # it fades from the photo into the first of them
+        photo = gatys.to_pil(gatys.load_image(CONTENT, 48))
+        first = ImageChops.difference(animation.convert("RGB"), photo)
+        assert ImageStat.Stat(first).mean < [25, 25, 25]
     with Image.open("new/a_frames/0001.png") as frame:
         assert frame.size == (24, 16)
     with Path("new/a_losses.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["step", "total", "content", "style", "variation"]
-    assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4"]
-    assert float(rows[4][1]) == pytest.approx(float(rows[4][2]) + 30 * float(rows[4][3]), rel=1e-4)
+    assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5", "6"]
+    assert float(rows[6][1]) == pytest.approx(float(rows[6][2]) + 30 * float(rows[6][3]), rel=1e-4)
     assert gatys.load_image("new/a.jpg").shape == (1, 3, 32, 48)
+
+
+def test_an_animation_is_3_mb_at_most(tmp_path):
+    noise = [Image.effect_noise((384, 384), 90).convert("RGB") for _ in range(40)]
+    gatys.save_gif(noise, tmp_path / "a.gif")
+    assert (tmp_path / "a.gif").stat().st_size < 3e6
+    with Image.open(tmp_path / "a.gif") as animation:
+        frames = animation.n_frames
+        assert 5 < frames < 40
+        animation.seek(frames - 1)
+        assert ImageStat.Stat(ImageChops.difference(animation.convert("L"), noise[-1].convert("L"))).mean[0] < 20
 
 
 def test_a_second_run_gives_the_same_bytes_and_leaves_no_old_frames():

@@ -224,8 +224,8 @@ def test_defaults():
     defaults = {name: p.default for name, p in inspect.signature(paint).parameters.items() if name != "content"}
     assert defaults == {
         "styles": (), "alpha": 1.0, "beta": 30.0, "tv_weight": 0.0, "content_layers": ("relu4_2",),
-        "style_layers": ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "style_blend": None, "num_steps": 8,
-        "lbfgs_iters": 4, "scales": None, "optimizer": "lbfgs", "lr": None, "init": "content", "pooling": "avg",
+        "style_layers": ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "style_blend": None, "num_steps": 16,
+        "lbfgs_iters": 2, "scales": None, "optimizer": "lbfgs", "lr": None, "init": "recolored", "pooling": "avg",
         "vgg": "vgg19", "vgg_weights": "auto", "seed": 0, "precision": "auto",
     }  # fmt: skip
 
@@ -234,7 +234,7 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
     """From VGG's own layers: the rescaling, the margin, the weights and the layers of every term."""
     photo = torch.nn.functional.pad(pictures[0], [8] * 4, mode="replicate")
     layers = {"content_layers": ["relu2_2"], "style_layers": ["relu1_1", "relu2_1"]}
-    weights = {"alpha": 3.0, "beta": 7.0, "tv_weight": 2.0}
+    weights = {"alpha": 3.0, "beta": 7.0, "tv_weight": 2.0, "init": "content"}
     first = next(paint(*[pictures[0], pictures[1:]], **(SMALL | layers | weights | {"lbfgs_iters": 1, "scales": 1})))
     features = VGG(["relu2_2"], "vgg19", "random", "avg").features
     grams, maps, a, b = (
@@ -266,7 +266,7 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
 def test_the_loss_falls(pictures, optimizer):
-    result, frames = record(pictures[0], pictures[1:], optimizer=optimizer, num_steps=4)
+    result, frames = record(pictures[0], pictures[1:], optimizer=optimizer, num_steps=4, init="content")
     losses = [losses["total"] for _, losses in frames]
     assert losses[-1] < 0.7 * losses[0]
     assert result.shape == pictures[0].shape
@@ -282,23 +282,35 @@ def test_every_size_comes_out_as_it_went_in(pictures, size):
 
 def test_scales_go_from_coarse_to_fine(pictures):
     _, frames = record(torch.rand(1, 3, 390, 100), pictures[1:], num_steps=1, lbfgs_iters=1)
-    assert [picture.shape[-2:] for picture, _ in frames] == [(195, 50), (390, 100)]
-    _, frames = record(pictures[0], pictures[1:], num_steps=1, lbfgs_iters=1, scales=3)
-    assert [picture.shape[-1] for picture, _ in frames] == [14, 28, 56]
+    assert [picture.shape[-2:] for picture, _ in frames] == [(195, 50), (195, 50), (390, 100)]
 
 
 def test_a_fine_scale_starts_from_the_coarse_result(pictures):
     """With one evaluation at the fine scale, its only frame is its start."""
-    _, ((coarse, _), (fine, _)) = record(pictures[0], pictures[1:], num_steps=1, lbfgs_iters=1, scales=2, init="noise")
+    _, (_, (coarse, _), (fine, _)) = record(
+        pictures[0], pictures[1:], num_steps=1, lbfgs_iters=1, scales=2, init="noise"
+    )
     expected = torch.nn.functional.interpolate(coarse, fine.shape[-2:], mode="bicubic").clamp(0, 1)
     torch.testing.assert_close(fine, expected, rtol=0, atol=1e-4)
 
 
-def test_resizing_averages():
-    ys, xs = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    small = gatys.resize(((xs + ys) % 2).float().expand(1, 3, 32, 32), 0.5)
-    assert small.shape == (1, 3, 16, 16)
-    assert (small - 0.5).abs().max() < 0.1
+def test_resizing_averages_and_sizes_halve_down_to_192_px():
+    noise = torch.rand(1, 3, 128, 128)
+    small = gatys.resize(noise, 0.25)
+    assert small.shape == (1, 3, 32, 32)
+    assert (small - torch.nn.functional.avg_pool2d(noise, 4)).abs().mean() < 0.05
+    for size, scales in ((191, 1), (192, 1), (383, 1), (384, 2), (512, 2), (768, 3), (1024, 3)):
+        assert gatys.scale_factors(torch.zeros(1, 3, size // 2, size), None) == [0.25, 0.5, 1][3 - scales :]
+
+
+def test_every_coarser_scale_has_twice_as_many_steps(pictures, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        gatys, "optimize", lambda x, objective, *rest: calls.append(rest) or iter([(x, {"total": 0.0})])
+    )
+    options = {"num_steps": 3, "lbfgs_iters": 5, "scales": 3, "optimizer": "adam", "lr": 0.5}
+    list(paint(pictures[0], pictures[1:], **(SMALL | options)))
+    assert calls == [(steps, 5, "adam", 0.5) for steps in (12, 6, 3)]
 
 
 @pytest.mark.parametrize("losses", [[3.0, 2, 5], [3.0, 2, 1], [1.0, 2, 3]])
@@ -345,7 +357,7 @@ def test_zero_weights_skip_what_they_make_needless(pictures, monkeypatch):
 def test_inversion_comes_nearer_to_the_photo_than_noise(pictures):
     smooth = torchvision.transforms.functional.gaussian_blur(pictures[0], 9)
     result, _ = record(smooth, beta=0.0, init="noise", content_layers=["relu1_1"], num_steps=10)
-    noise = gatys.start("noise", smooth, [], seed=0)
+    noise = gatys.start("noise", smooth, [], [1.0], seed=0)
     assert (result - smooth).square().mean() < 0.1 * (noise - smooth).square().mean()
 
 
@@ -369,16 +381,48 @@ def test_blend_weighs_the_gram_matrices(pictures):
 
 def test_initialisations(pictures):
     content, style = pictures
-    assert torch.equal(gatys.start("content", content, [style], 0), content)
-    noise = gatys.start("noise", content, [style], 1)
+    assert torch.equal(gatys.start("content", content, [style], [1.0], 0), content)
+    assert torch.equal(gatys.start("recolored", content, [], [1.0], 0), content)
+    recolored = gatys.start("recolored", content, [style], [1.0], 0)
+    torch.testing.assert_close(recolored, gatys.match_color(content, [style]).clamp(0, 1))
+    both = gatys.match_color(content, [style, 1 - style], [3.0, 0.0])
+    torch.testing.assert_close(both, gatys.match_color(content, [style]))
+    noise = gatys.start("noise", content, [style], [1.0], 1)
     assert noise.shape == content.shape
-    assert torch.equal(noise, gatys.start("noise", content, [style], 1))
-    assert not torch.equal(noise, gatys.start("noise", content, [style], 2))
+    assert torch.equal(noise, gatys.start("noise", content, [style], [1.0], 1))
+    assert not torch.equal(noise, gatys.start("noise", content, [style], [1.0], 2))
     assert 0.2 < noise.std() < 0.35  # uniform: 0.289
     ramp = torch.linspace(0, 1, 90).expand(1, 3, 30, 90)
-    from_style = gatys.start("style", content, [ramp], 0)  # covers 40×56 at 40×120, so that the middle stays
+    from_style = gatys.start("style", content, [ramp], [1.0], 0)  # covers 40×56 at 40×120, so that the middle stays
     assert from_style.shape == content.shape
     torch.testing.assert_close(from_style[0, 0, 20], torch.linspace(32 / 120, 88 / 120, 56), rtol=0, atol=0.02)
+
+
+def test_matched_colors_have_the_paintings_mean_and_covariance():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.tensor([[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.1, 0.1, 0.6]])
+    image, *targets = (torch.rand(1, 3, 20, 30, generator=generator) ** k for k in (1, 2, 3))
+    targets = [torch.einsum("ij,bjhw->bihw", mix, target) for target in targets]
+    matched = gatys.match_color(image, targets)[0].flatten(1).double()
+    wanted = torch.cat([target[0].flatten(1) for target in targets], 1).double()
+    torch.testing.assert_close(matched.mean(1), wanted.mean(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cov(matched, correction=0), torch.cov(wanted, correction=0), rtol=0, atol=1e-5)
+    # Of all maps with these statistics, the symmetric one moves colours least: less than that of Cholesky's factors.
+    x = image[0].flatten(1).double()
+    L_x, L_s = (torch.linalg.cholesky(torch.cov(pixels)) for pixels in (x, wanted))
+    other = L_s @ L_x.inverse() @ (x - x.mean(1, keepdim=True)) + wanted.mean(1, keepdim=True)
+    torch.testing.assert_close(torch.cov(other), torch.cov(wanted))
+    assert (matched - x).square().sum() < (other - x).square().sum()
+
+
+def test_matched_colors_of_grey_and_flat_pictures():
+    grey = torch.rand(1, 1, 9, 9).expand(1, 3, 9, 9)
+    flat, colorful = torch.full((1, 3, 9, 9), 0.3), torch.rand(1, 3, 9, 9)
+    for image, target in ((grey, colorful), (flat, colorful), (colorful, flat), (flat, flat), (grey, flat)):
+        matched = gatys.match_color(image, [target])
+        torch.testing.assert_close(matched.mean((2, 3)), target.mean((2, 3)), rtol=0, atol=1e-5)
+    noisy = grey + 0.002 * torch.randn(1, 3, 9, 9)  # as of JPEG: it must not become coloured noise
+    assert (gatys.match_color(noisy, [colorful]) - gatys.match_color(grey, [colorful])).abs().max() < 0.25
 
 
 def test_the_same_seed_gives_the_same_picture(pictures):
