@@ -425,17 +425,18 @@ def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
 def write_file(data: bytes, path: Path) -> None:
     """Write a file whole or not at all, in a folder that is made if missing; of a link, the file that it leads to."""
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there no more, unless something failed
 
 
 def _temporary(path: Path) -> Path:
@@ -506,8 +507,9 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
     folders of the input stand again. Without `output`, results get `_tag` after the name of the image, or of the input
     folder, and go to the working folder. No result overwrites an input or another result: it gets a number.
     """
-    if output and output.suffix and not output.is_dir() and (len(inputs) == 1 or output.suffix.lower() in FORMATS):
-        if len(inputs) > 1 or inputs[0].is_dir():
+    single = len(inputs) == 1 and not inputs[0].is_dir()
+    if output and output.suffix and not output.is_dir() and (single or output.suffix.lower() in FORMATS):
+        if not single:
             raise InputError(f"{output} is one picture: name a folder for the results of several")
         check_outputs([output], inputs, FORMATS)
         return [(inputs[0], output)]
@@ -887,6 +889,8 @@ class Training:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise InputError("a process that loads pictures has died, of little memory: try --workers 0") from error
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def log(self, losses: dict[str, Tensor | float]) -> None:
         """End a step with `losses`, named as in `columns`: write down, save and stop where that is due."""
@@ -943,7 +947,7 @@ class Training:
                     part.load_state_dict(saved)
             self.step = int(state["step"] if "step" in state else state["iteration"])  # as it was called in johnson.py
             self.history = [[float(value) for value in row[: len(self.columns) + 1]] for row in state["history"]]
-            if self.step < 0 or any(len(row) != len(self.columns) + 1 for row in self.history):
+            if self.step < 1 or {len(row) for row in self.history} != {len(self.columns) + 1}:
                 raise ValueError("a malformed history")
         except InputError:
             raise

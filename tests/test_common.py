@@ -452,7 +452,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         for write in (lambda p: save_image(torch.rand(1, 3, 64, 64), p), lambda p: common.save_checkpoint({}, p)):
-            with pytest.raises(OSError, match="large"):
+            with pytest.raises(InputError, match="large"):
                 write(path)
                 common.write_file(bytes(3000), path)
     finally:
@@ -527,6 +527,7 @@ def test_results_of_one_and_of_several(tmp_path, monkeypatch):
     whole = [("in/a.bmp", "in_t/a.png"), ("in/a.png", "in_t/a_2.png"), ("in/deep/a.png", "in_t/deep/a.png")]
     assert plan(["in"]) == whole
     assert plan(["in/a.png"], "in") == [("in/a.png", "in/a_2.png")]  # no input is overwritten
+    assert plan(["in"], "v1.0")[0] == ("in/a.bmp", "v1.0/a.png")
     for inputs, output in (
         (["b.tif"], "b.tif"),
         (["b.tif"], "c.xyz"),
@@ -918,7 +919,7 @@ def test_malformed_checkpoints_are_one_clear_line(data, tmp_path, capsys):
     other.step()
     changes = [{"model": {}}, {"optimizer": {}}, {"optimizer": other.state_dict()}, {"optimizer": 1}, {"settings": [1]}]
     changes += [{"step": step} for step in (None, -1, math.inf, math.nan, "three", [])]
-    changes += [{"history": history} for history in (None, [[1.0]], [["a", "b", "c"]], [1])]
+    changes += [{"history": history} for history in (None, [], [[1.0]], [["a", "b", "c"]], [1])]
     changes += [{"counters": []}, {"counters": [[]]}, {"inputs": [1]}, {"inputs": {"--data": 3}}]
     for change in changes:
         torch.save(state | change, a / "toy.checkpoint.pth")
