@@ -253,6 +253,24 @@ def to_pil(image: Tensor) -> Image.Image:
     return to_pil_image(pixels.byte().cpu())
 
 
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
+
+
+def luminance(image: Tensor) -> Tensor:
+    """Y of YIQ: (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]."""
+    return torch.einsum("c,bchw->bhw", YIQ[0].to(image), image).unsqueeze(1)
+
+
+def keep_color(image: Tensor, photo: Tensor) -> Tensor:
+    """The luminance of `image` with the colours, I and Q, of `photo`, (B, 3, H, W) in [0, 1] each.
+
+    Gatys et al. 2017, §4.2. What leaves the range of RGB is clamped.
+    """
+    yiq = torch.einsum("dc,bchw->bdhw", YIQ.to(photo), photo)
+    yiq = torch.cat([luminance(image), yiq[:, 1:]], dim=1)
+    return torch.einsum("cd,bdhw->bchw", YIQ.inverse().to(photo), yiq).clamp(0, 1)
+
+
 # --- Device and precision ----------------------------------------------------------------------------------
 
 

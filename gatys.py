@@ -51,7 +51,9 @@ from common import (
     catching_interrupts,
     check_outputs,
     gram_matrix,
+    keep_color,
     load_image,
+    luminance,
     number,
     one_line_errors,
     out_of_memory,
@@ -133,6 +135,7 @@ def paint(
     optimizer: str = "lbfgs",
     lr: float | None = None,
     init: str = "recolored",
+    preserve_color: str | None = None,
     pooling: str = "avg",
     vgg: str = "vgg19",
     vgg_weights: str | Path = "auto",
@@ -152,6 +155,8 @@ def paint(
         optimizer, lr: `lbfgs` (learning rate 1 by default) or `adam` (0.02 of the range of a pixel).
         init: what to start from: `content`, `recolored` (the content in the styles' colours), `style`, or `noise`
             (white, from `seed`).
+        preserve_color: `luminance` paints in grey and puts the content's colours back; `histogram` gives the styles the
+            content's colours first.
         pooling, vgg, vgg_weights: of the network; see `common.VGG`.
         precision: of the network: `float32`, `bfloat16`, or `auto`, bfloat16 where the device has it natively.
 
@@ -162,10 +167,16 @@ def paint(
         InputError: arguments that contradict each other.
         Diverged: the loss is no longer finite.
     """
-    blend = check_arguments(content, styles, alpha, beta, style_blend, optimizer, init)
+    blend = check_arguments(content, styles, alpha, beta, style_blend, optimizer, init, preserve_color)
     content_layers, style_layers = content_layers if alpha else (), style_layers if beta else ()
     phi = VGG([*content_layers, *style_layers], vgg, vgg_weights, pooling).to(content.device)
     dtype = pick_precision(precision, content.device)
+    colored = content
+    if preserve_color == "histogram":
+        styles = [match_color(style, [content]).clamp(0, 1) for style in styles]
+    elif preserve_color == "luminance":
+        styles = [match_luminance(style, content) for style in styles]
+        content = luminance(content).expand_as(content)
 
     def features(image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         with autocast(image.device, dtype):
@@ -193,7 +204,7 @@ def paint(
 
         for picture, losses in optimize(x, objective, round(num_steps / factor), lbfgs_iters, optimizer, lr):
             x = picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
-            yield x, losses
+            yield keep_color(x, resize(colored, factor)) if preserve_color == "luminance" else x, losses
 
 
 def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Tensor:
@@ -316,6 +327,14 @@ def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float
     return matched.view(image.shape).to(image)
 
 
+def match_luminance(style: Tensor, content: Tensor) -> Tensor:
+    """`style` in grey, with the mean and the standard deviation of the luminance of `content`, both (1, 3, h, w)."""
+    L_s, L_c = luminance(style), luminance(content)
+    # Gatys et al. 2017, §4.2:  L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
+    matched = L_c.std() / L_s.std().clamp_min(1e-3) * (L_s - L_s.mean()) + L_c.mean()
+    return matched.clamp(0, 1).expand_as(style)
+
+
 # ===========================================================================================================
 # Nothing below is in the paper: checks, files, the command line.
 # ===========================================================================================================
@@ -332,12 +351,15 @@ def check_arguments(
     style_blend: Sequence[float] | None,
     optimizer: str,
     init: str,
+    preserve_color: str | None,
 ) -> list[float]:
     """Raise InputError where the arguments of `paint` contradict each other; return the share of each style."""
     if any(image.ndim != 4 or image.shape[:2] != (1, 3) for image in [content, *styles]):
         raise InputError("images must be of shape (1, 3, H, W)")
     if optimizer not in ("lbfgs", "adam") or init not in ("recolored", "content", "style", "noise"):
         raise InputError(f"unknown optimizer {optimizer} or init {init}")
+    if preserve_color not in (None, "luminance", "histogram"):
+        raise InputError(f"unknown way to preserve color: {preserve_color}")
     if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
         raise InputError("nothing to do: --content-weight or --style-weight must be positive")
     if not styles and (beta or init == "style"):
@@ -389,6 +411,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=["lbfgs", "adam"], help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
     add("--init", choices=["recolored", "content", "style", "noise"], help="start; the paper's is noise")
+    add(
+        "--preserve-color",
+        choices=["luminance", "histogram"],
+        help="keep the photo's colours (default: the painting's)",
+    )
     add("--pooling", choices=["avg", "max"], help="the paper's is avg")
     add("--vgg", choices=["vgg19", "vgg16", "auto"], help="the paper's is vgg19; it needs no download")
     add("--vgg-weights", metavar="FILE", help="torchvision state dict, or random")

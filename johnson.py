@@ -53,6 +53,7 @@ from common import (
     fingerprints,
     gram_matrix,
     hold_out,
+    keep_color,
     load_checkpoint,
     load_image,
     number,
@@ -298,9 +299,16 @@ MARGIN = 8  # px that are added to each side of a picture before stylising it, a
 
 
 @torch.no_grad()
-def stylize(network: TransformNet, image: Tensor, strength: float = 1.0, precision: str = "auto") -> Tensor:
+def stylize(
+    network: TransformNet,
+    image: Tensor,
+    strength: float = 1.0,
+    precision: str = "auto",
+    preserve_color: str | None = None,
+) -> Tensor:
     """Stylise (B, 3, H, W) in [0, 1]; `strength` blends from the input (0) to the network's output (1).
 
+    With `preserve_color`, `luminance`, the result has the colours of the input (Gatys et al. 2017, see `keep_color`).
     The zero padding of VGG teaches a network to paint a faint frame. It does so in a margin, which is cut off. A
     published model gives the pixels that it gives there: it has no margin, and `auto` is float32.
     """
@@ -308,7 +316,8 @@ def stylize(network: TransformNet, image: Tensor, strength: float = 1.0, precisi
     margin = 0 if network.published else MARGIN
     with autocast(image.device, pick_precision(precision, image.device, exact=network.published)):
         y_hat = network(reflect(image, margin))
-    return torch.lerp(image, y_hat[..., margin : margin + height, margin : margin + width], strength)
+    y_hat = y_hat[..., margin : margin + height, margin : margin + width]
+    return torch.lerp(image, keep_color(y_hat, image) if preserve_color else y_hat, strength)
 
 
 def reflect(x: Tensor, margin: int) -> Tensor:
@@ -388,7 +397,8 @@ def stylize_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     print(f"computing on {device} in {precision}", file=sys.stderr)
 
     def transform(path: Path) -> Tensor:
-        return stylize(network, load_image(path, args.image_size).to(device), args.strength, args.precision)
+        image = load_image(path, args.image_size).to(device)
+        return stylize(network, image, args.strength, args.precision, args.preserve_color)
 
     metadata = provenance(command, model=args.model.name)
     transform_files(args.inputs, args.output, args.model.stem, transform, metadata)
@@ -407,6 +417,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<model>.png)")
     add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
     add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's output")
+    add("--preserve-color", choices=["luminance"], help="keep the photo's colours (default: the painting's)")
     add_device_arguments(sub)
 
     sub = commands.add_parser("train", help="make a model of a style", description="Train a network for a style.")

@@ -104,7 +104,7 @@ FLAGS = """--content-weight 2 alpha | --style-weight 3 beta | --tv-weight 4 tv_w
     --content-layers relu3_1 content_layers | --style-layers relu2_2 style_layers | --style-blend 5 style_blend
     --lbfgs-iters 7 lbfgs_iters | --scales 1 scales | --optimizer adam optimizer | --lr 0.5 lr | --init noise init
     --pooling max pooling | --vgg vgg16 vgg | --vgg-weights random vgg_weights | --seed 8 seed
-    --precision bfloat16 precision""".replace("|", "\n").splitlines()
+    --precision bfloat16 precision | --preserve-color histogram preserve_color""".replace("|", "\n").splitlines()
 
 
 def test_every_flag_reaches_paint(monkeypatch):

@@ -402,6 +402,22 @@ def test_saved_image_is_clamped_rounded_and_tells_how_it_was_made(tmp_path):
         assert saved.quantization[0][0] == 2  # quality 95
 
 
+def test_colors_are_kept_and_luminance_taken_over():
+    photo, image = (torch.rand(1, 3, 6, 7, dtype=torch.float64) * 0.3 + 0.35 for _ in range(2))
+    torch.testing.assert_close(common.keep_color(photo, photo), photo)
+    kept = common.keep_color(image, photo)
+    assert 0 < kept.min() < kept.max() < 1  # nothing was clamped
+    for y in range(6):
+        for x in range(7):
+            k, i, p = (t[0, :, y, x].tolist() for t in (kept, image, photo))
+            for weights, of in (((0.299, 0.587, 0.114), i), ((0.596, -0.274, -0.322), p), ((0.211, -0.523, 0.312), p)):
+                value, wanted = (sum(w * c for w, c in zip(weights, color, strict=True)) for color in (k, of))
+                assert value == pytest.approx(wanted, abs=1e-5)
+    assert (
+        common.keep_color(torch.ones(1, 3, 2, 2), torch.eye(3).view(1, 3, 3, 1)[:, :, :2].expand(1, 3, 2, 2)).max() == 1
+    )
+
+
 # --- Device and precision ---
 
 

@@ -225,8 +225,8 @@ def test_defaults():
     assert defaults == {
         "styles": (), "alpha": 1.0, "beta": 30.0, "tv_weight": 0.0, "content_layers": ("relu4_2",),
         "style_layers": ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"), "style_blend": None, "num_steps": 16,
-        "lbfgs_iters": 2, "scales": None, "optimizer": "lbfgs", "lr": None, "init": "recolored", "pooling": "avg",
-        "vgg": "vgg19", "vgg_weights": "auto", "seed": 0, "precision": "auto",
+        "lbfgs_iters": 2, "scales": None, "optimizer": "lbfgs", "lr": None, "init": "recolored",
+        "preserve_color": None, "pooling": "avg", "vgg": "vgg19", "vgg_weights": "auto", "seed": 0, "precision": "auto",
     }  # fmt: skip
 
 
@@ -425,6 +425,32 @@ def test_matched_colors_of_grey_and_flat_pictures():
     assert (gatys.match_color(noisy, [colorful]) - gatys.match_color(grey, [colorful])).abs().max() < 0.25
 
 
+def test_luminance_is_matched_in_mean_and_spread(pictures):
+    content, style = pictures[0] ** 2, pictures[1] * 0.6 + 0.1
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    matched = gatys.match_luminance(style, content)
+    a, b = (torch.einsum("c,bchw->bhw", weights, image.double()) for image in (matched, content))
+    assert a.mean().item() == pytest.approx(b.mean().item(), abs=0.005)  # some of it is clamped
+    assert a.std().item() == pytest.approx(b.std().item(), abs=0.01)
+    assert torch.equal(matched[:, 0], matched[:, 2])
+    assert gatys.match_luminance(torch.full_like(style, 0.5), content).isfinite().all()
+
+
+def test_preserved_colors_are_the_photos(pictures, monkeypatch):
+    content, styles = pictures[0] * 0.4 + 0.3, [pictures[1]]  # so that no color leaves the range
+    to_iq = torch.tensor([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    for picture, _ in paint(content, styles, **SMALL, preserve_color="luminance", scales=2):
+        photo = gatys.resize(content, picture.shape[-1] / content.shape[-1])
+        inside = ((picture > 0) & (picture < 1)).all(1)[0]
+        a, b = (torch.einsum("dc,chw->dhw", to_iq, image[0])[:, inside] for image in (picture, photo))
+        assert (a - b).abs().mean() < 0.01
+    assert inside.float().mean() > 0.5
+    seen = []
+    monkeypatch.setattr(gatys, "resize", lambda image, factor: seen.append(image) or image)
+    next(paint(content, styles, **SMALL, preserve_color="histogram"))
+    torch.testing.assert_close(seen[1], gatys.match_color(styles[0], [content]).clamp(0, 1))
+
+
 def test_the_same_seed_gives_the_same_picture(pictures):
     first, _ = record(pictures[0], pictures[1:], init="noise", seed=5)
     second, _ = record(pictures[0], pictures[1:], init="noise", seed=5)
@@ -454,6 +480,7 @@ def test_bfloat16_gives_nearly_the_same_picture(pictures):
         ({"content": torch.rand(3, 40, 56)}, "shape"),
         ({"optimizer": "sgd"}, "sgd"),
         ({"init": "photo"}, "photo"),
+        ({"preserve_color": "hue"}, "hue"),
         ({"pooling": "min"}, "min"),
     ],
 )

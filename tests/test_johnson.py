@@ -412,6 +412,13 @@ def test_a_margin_hides_the_frame(size):
     assert torch.equal(y, wide[..., 8:-8, 8:-8])
 
 
+def test_preserved_colors_are_the_photos():
+    network, x = TransformNet().eval(), torch.rand(1, 3, 16, 16)
+    full = stylize(network, x, precision="float32")
+    kept = stylize(network, x, precision="float32", preserve_color="luminance")
+    torch.testing.assert_close(kept, common.keep_color(full, x))
+
+
 def test_strength_blends():
     network, x = TransformNet().eval(), torch.rand(1, 3, 16, 16)
     full = stylize(network, x, precision="float32")
@@ -453,7 +460,7 @@ def test_the_readmes_commands_work(folder, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "examples", "examples")
     shutil.copytree(folder, "holiday")
     commands = readme_commands("johnson.py")
-    assert len(commands) == 5
+    assert len(commands) == 6
     for arguments in commands:
         tiny = [*TINY.split(), *TINY_LAYERS, "--iterations", "1"] if arguments[0] == "train" else ["--image-size", "24"]
         johnson.main([*arguments, *tiny])
