@@ -33,6 +33,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -69,6 +70,7 @@ from common import (
 )
 
 CONTENT_LAYERS = ("relu4_2",)
+PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 MARGIN = 8  # px around the picture, cut off in the end: there the zero padding of the network paints a frame
 
@@ -93,27 +95,56 @@ def total_variation(x: Tensor) -> Tensor:
     return (x[..., 1:, :] - x[..., :-1, :]).square().mean() + (x[..., 1:] - x[..., :-1]).square().mean()
 
 
+def guide(f: Tensor, T: Tensor | None) -> Tensor:
+    """The feature maps F_r that a region r has of f (1, N, h, w); T (1, 1, H, W) is its mask, None for everywhere."""
+    if T is None:
+        return f
+    T = nnf.adaptive_avg_pool2d(T, f.shape[-2:])
+    # Gatys et al. 2017, Eq. 4:  F_r = T_r ∘ F  with Σ_i T_r,i² = 1   (here M, as gram_matrix() divides by N·M)
+    return f * (T * (T.numel() / T.square().sum().clamp_min(1e-6)).sqrt())
+
+
+class Region(NamedTuple):
+    """A part of the picture that gets a style of its own, or all of it."""
+
+    T: Tensor | None  # its mask (1, 1, H, W), from 0 to 1
+    share: float  # its weight: how much of the picture it is
+    A: dict[str, Tensor]  # the Gram matrices of its style at the style layers
+
+
 def total_loss(
     x: Tensor,
     F: dict[str, Tensor],
     P: dict[str, Tensor],
-    A: dict[str, Tensor],
+    regions: Sequence[Region],
     alpha: float,
     beta: float,
     tv_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """The loss of the picture x, `total`, and its terms before weighting: `content`, `style`, `variation`.
 
-    F maps layers to the feature maps of x; P has those of the photo at the content layers; A has the Gram matrices of
-    the painting at the style layers. A term without layers, and the variation without weight, is 0.
+    F maps layers to the feature maps of x; P has those of the photo at the content layers. A term without layers, and
+    the variation without weight, is 0.
     """
     L_content = sum((content_loss(F[layer], P[layer]) for layer in P), x.new_zeros(())) / max(1, len(P))
     # Gatys Eq. 5:  L_style = Σ_l w_l E_l   with w_l = 1 / number of layers
-    L_style = sum((style_loss(gram_matrix(F[layer]), A[layer]) for layer in A), x.new_zeros(())) / max(1, len(A))
+    L_style = x.new_zeros(())
+    for T, share, A in regions:
+        E = [style_loss(gram_matrix(guide(F[layer], T)), A[layer]) for layer in A]
+        L_style = L_style + share * sum(E) / len(E)
     # Gatys Eq. 7:  L_total = α L_content + β L_style   (and here the total variation)
     L_tv = total_variation(x) if tv_weight else x.new_zeros(())
     L_total = alpha * L_content + beta * L_style + tv_weight * L_tv
     return {"total": L_total, "content": L_content, "style": L_style, "variation": L_tv}
+
+
+def protection_loss(F: dict[str, Tensor], P: dict[str, Tensor], T: Tensor) -> Tensor:
+    """The content loss inside a mask T (1, 1, H, W), at fine and coarse layers: those of P."""
+    losses = []
+    for layer in P:
+        t = nnf.adaptive_avg_pool2d(T, P[layer].shape[-2:])
+        losses.append(content_loss(t * F[layer], t * P[layer]))
+    return torch.stack(losses).mean()
 
 
 # --- Style transfer ----------------------------------------------------------------------------------------
@@ -136,6 +167,10 @@ def paint(
     lr: float | None = None,
     init: str = "recolored",
     preserve_color: str | None = None,
+    style_masks: Sequence[Tensor] = (),
+    painting_masks: Sequence[Tensor] = (),
+    protect: Tensor | None = None,
+    protect_weight: float = 30.0,
     pooling: str = "avg",
     vgg: str = "vgg19",
     vgg_weights: str | Path = "auto",
@@ -157,6 +192,9 @@ def paint(
             (white, from `seed`).
         preserve_color: `luminance` paints in grey and puts the content's colours back; `histogram` gives the styles the
             content's colours first.
+        style_masks: where in the content each style goes; painting_masks: from where in each style it is taken. Both
+            (1, 1, h, w) in [0, 1] of any size, one for each style, or none for everywhere.
+        protect, protect_weight: where to keep the content as it is, (1, 1, h, w) in [0, 1], and how strongly.
         pooling, vgg, vgg_weights: of the network; see `common.VGG`.
         precision: of the network: `float32`, `bfloat16`, or `auto`, bfloat16 where the device has it natively.
 
@@ -168,8 +206,10 @@ def paint(
         Diverged: the loss is no longer finite.
     """
     blend = check_arguments(content, styles, alpha, beta, style_blend, optimizer, init, preserve_color)
+    check_masks(styles, style_masks, painting_masks)
     content_layers, style_layers = content_layers if alpha else (), style_layers if beta else ()
-    phi = VGG([*content_layers, *style_layers], vgg, vgg_weights, pooling).to(content.device)
+    protected_layers = () if protect is None else PROTECTED_LAYERS
+    phi = VGG([*content_layers, *style_layers, *protected_layers], vgg, vgg_weights, pooling).to(content.device)
     dtype = pick_precision(precision, content.device)
     colored = content
     if preserve_color == "histogram":
@@ -182,25 +222,43 @@ def paint(
         with autocast(image.device, dtype):
             return phi(image, layers)
 
-    x = None
-    for factor in scale_factors(content, scales):  # …, ¼, ½, 1
+    x, factors = None, scale_factors(content, scales)
+    for factor in factors:  # …, ¼, ½, 1
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
         paintings = [resize(style, factor) for style in styles if style_layers]
         if x is None:
-            phi = rescale(phi, [photo] * bool(content_layers) + paintings)
+            phi = rescale(phi, [photo] * bool(content_layers or protected_layers) + paintings)
             x = start(init, photo, styles, blend, seed)
         else:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
             x = nnf.pad(x, [MARGIN] * 4, mode="replicate")
 
-        with torch.no_grad():
-            P = features(photo, content_layers)
-            grams = [{layer: gram_matrix(f) for layer, f in features(s, style_layers).items()} for s in paintings]
-            # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
-            A = {layer: sum(b * G[layer] for b, G in zip(blend, grams, strict=True)) for layer in style_layers}
+        # Where to keep the photo, and where each style goes: everywhere, or its mask, but for what is protected.
+        keep = None if protect is None else on(protect, photo)
+        T = [on(mask, photo) for mask in style_masks] or [None if keep is None else torch.ones_like(keep)]
+        T = T if keep is None else [(1 - keep) * t for t in T]
+        if keep is not None and factor == factors[0]:
+            x = torch.lerp(x, photo, keep)
 
-        def objective(x: Tensor, P: dict[str, Tensor] = P, A: dict[str, Tensor] = A) -> dict[str, Tensor]:
-            return total_loss(x, features(x, [*P, *A]), P, A, alpha, beta, tv_weight)
+        with torch.no_grad():
+            P = features(photo, [*content_layers, *protected_layers])
+            A = []
+            for painting, mask in zip(paintings, painting_masks or [None] * len(paintings), strict=True):
+                f = features(painting, style_layers)
+                mask = None if mask is None else on(mask, painting, margin=0)
+                A.append({layer: gram_matrix(guide(f[layer], mask)) for layer in style_layers})
+            if not style_masks:
+                # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
+                A = [{layer: sum(b * G[layer] for b, G in zip(blend, A, strict=True)) for layer in style_layers}]
+        regions = [Region(t, 1.0 if t is None else t.square().mean().item(), a) for t, a in zip(T, A, strict=True) if a]
+
+        def objective(x: Tensor, P: dict = P, regions: list = regions, keep: Tensor | None = keep) -> dict[str, Tensor]:
+            F = features(x, [*P, *style_layers])
+            losses = total_loss(x, F, {layer: P[layer] for layer in content_layers}, regions, alpha, beta, tv_weight)
+            if keep is not None:
+                losses["protected"] = protection_loss(F, {layer: P[layer] for layer in protected_layers}, keep)
+                losses["total"] = losses["total"] + protect_weight * losses["protected"]
+            return losses
 
         for picture, losses in optimize(x, objective, round(num_steps / factor), lbfgs_iters, optimizer, lr):
             x = picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
@@ -284,6 +342,13 @@ def resize(image: Tensor, factor: float) -> Tensor:
         return image
     smooth = nnf.interpolate(image.cpu(), size, mode="bicubic", antialias=True)  # on the CPU, as not every device can
     return smooth.clamp(0, 1).to(image.device)
+
+
+def on(mask: Tensor, image: Tensor, margin: int = MARGIN) -> Tensor:
+    """Scale a mask (1, 1, h, w) to the size of an image with a margin."""
+    size = [side - 2 * margin for side in image.shape[-2:]]
+    mask = nnf.interpolate(mask.float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
+    return nnf.pad(mask, [margin] * 4, mode="replicate").to(image.device)
 
 
 def start(init: str, photo: Tensor, styles: Sequence[Tensor], blend: Sequence[float], seed: int) -> Tensor:
@@ -370,6 +435,13 @@ def check_arguments(
     return [share / sum(shares) for share in shares]
 
 
+def check_masks(styles: Sequence[Tensor], style_masks: Sequence[Tensor], painting_masks: Sequence[Tensor]) -> None:
+    """Raise InputError if there are not as many masks as styles, or none."""
+    for flag, masks in (("--style-masks", style_masks), ("--painting-masks", painting_masks)):
+        if len(masks) not in (0, len(styles)):
+            raise InputError(f"{flag} needs {len(styles)} masks, one for each style image")
+
+
 Frame = tuple[Tensor, dict[str, float]]
 
 
@@ -416,6 +488,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["luminance", "histogram"],
         help="keep the photo's colours (default: the painting's)",
     )
+    masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
+    add("--style-masks", **masks, help="where in the photo each style goes: one white-on-black picture for each style")
+    add("--painting-masks", **masks, help="from where in each painting its style is taken")
+    add("--protect", metavar="MASK", help="keep the photo where this picture is white; faces: find them")
+    add("--protect-weight", type=number(), help="how strongly")
+    add("--save-mask", action="store_true", default=False, help="write what is protected to <output>_mask.png")
     add("--pooling", choices=["avg", "max"], help="the paper's is avg")
     add("--vgg", choices=["vgg19", "vgg16", "auto"], help="the paper's is vgg19; it needs no download")
     add("--vgg-weights", metavar="FILE", help="torchvision state dict, or random")
@@ -434,9 +512,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Stylise files as the command line says, and write the picture and what else was asked for."""
     stem = args.output.with_suffix("")
-    gif, table, folder = (Path(f"{stem}{end}") for end in (".gif", "_losses.csv", "_frames"))
+    gif, table, folder, mask = (Path(f"{stem}{end}") for end in (".gif", "_losses.csv", "_frames", "_mask.png"))
     extras = [gif] * args.save_gif + [table, table.with_suffix(".png")] * args.save_losses + [folder] * args.save_all
-    check_outputs([args.output, *extras], [args.content, *args.styles], FORMATS)
+    extras += [mask] * args.save_mask
+    pictures = [args.content, *args.styles, *args.style_masks, *args.painting_masks]
+    pictures += [Path(args.protect)] if args.protect not in (None, "faces") else []
+    check_outputs([args.output, *extras], pictures, FORMATS)
     device = pick_device(args.device)
     style_size = max(1, round(args.image_size * args.style_scale))
     if style_size > MOST_PIXELS:
@@ -448,6 +529,13 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
 
     parameters = inspect.signature(paint).parameters.values()
     options = {p.name: getattr(args, p.name) for p in parameters if p.kind == p.KEYWORD_ONLY}
+    for name in ("style_masks", "painting_masks"):
+        options[name] = [load_mask(path, args.center_crop) for path in getattr(args, name)]
+    if args.protect:
+        protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), args.center_crop)
+        options["protect"] = protect
+        if args.save_mask and protect is not None:
+            save_image(on(protect, content, margin=0).expand_as(content), mask)
     factors = scale_factors(content, args.scales)
     # The share of the work that each step is: twice as many steps a coarser scale, each a quarter of the work.
     shares = [f**2 for f in factors for _ in range(round(args.num_steps / f))]
@@ -506,6 +594,33 @@ def check_memory(content: Tensor, styles: Sequence[Tensor], precision: torch.dty
     fitting = int(longer * math.sqrt(free / pixels / BYTES_PER_PIXEL[precision]))
     if fitting < longer:
         raise InputError(f"not enough memory for {longer} px: about --image-size {fitting} is likely to fit")
+
+
+def load_mask(path: Path, center_crop: bool = False) -> Tensor:
+    """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black, to 1, white."""
+    return luminance(load_image(path, None, center_crop))
+
+
+def find_faces(image: Tensor) -> Tensor | None:
+    """A mask (1, 1, H, W) with a soft ellipse on each face in `image`, found by MTCNN (Zhang et al. 2016); or None."""
+    try:
+        from facenet_pytorch import MTCNN
+    except ImportError as error:
+        message = "--protect faces needs a detector: pip install requests, and pip install --no-deps facenet-pytorch"
+        raise InputError(message) from error
+    boxes, _ = MTCNN(keep_all=True).detect(to_pil(image))
+    if boxes is None:
+        print("no face found: nothing is protected", file=sys.stderr)
+        return None
+    mask = torch.zeros(1, 1, *image.shape[-2:])
+    y, x = (torch.arange(side).float() for side in image.shape[-2:])
+    for left, top, right, bottom in boxes.astype(float):
+        # The box ends at brows and chin: an ellipse of 1.4 times its sides, half faded 0.2 further out
+        dx = (x - (left + right) / 2) / (0.7 * (right - left))
+        dy = (y - (top + bottom) / 2) / (0.7 * (bottom - top))
+        radius = (dx.square() + dy.square()[:, None]).sqrt()
+        mask = torch.maximum(mask, ((1.2 - radius) / 0.4).clamp(0, 1))
+    return mask
 
 
 def enlarge(image: Tensor, content: Tensor, most: int = MOST_PIXELS) -> Tensor:
