@@ -192,8 +192,9 @@ def paint(
             (white, from `seed`).
         preserve_color: `luminance` paints in grey and puts the content's colours back; `histogram` gives the styles the
             content's colours first.
-        style_masks: where in the content each style goes; painting_masks: from where in each style it is taken. Both
-            (1, 1, h, w) in [0, 1] of any size, one for each style, or none for everywhere.
+        style_masks: where in the content each style goes, (1, 1, h, w) in [0, 1] of any size, one for each style; the
+            last one may be left out: it gets the rest. None for everywhere.
+        painting_masks: likewise from where in each style it is taken, one for each.
         protect, protect_weight: where to keep the content as it is, (1, 1, h, w) in [0, 1], and how strongly.
         pooling, vgg, vgg_weights: of the network; see `common.VGG`.
         precision: of the network: `float32`, `bfloat16`, or `auto`, bfloat16 where the device has it natively.
@@ -236,6 +237,8 @@ def paint(
         # Where to keep the photo, and where each style goes: everywhere, or its mask, but for what is protected.
         keep = None if protect is None else on(protect, photo)
         T = [on(mask, photo) for mask in style_masks] or [None if keep is None else torch.ones_like(keep)]
+        if 0 < len(style_masks) < len(styles):
+            T.append((1 - sum(T)).clamp(0, 1))
         T = T if keep is None else [(1 - keep) * t for t in T]
         if keep is not None and factor == factors[0]:
             x = torch.lerp(x, photo, keep)
@@ -436,10 +439,11 @@ def check_arguments(
 
 
 def check_masks(styles: Sequence[Tensor], style_masks: Sequence[Tensor], painting_masks: Sequence[Tensor]) -> None:
-    """Raise InputError if there are not as many masks as styles, or none."""
-    for flag, masks in (("--style-masks", style_masks), ("--painting-masks", painting_masks)):
-        if len(masks) not in (0, len(styles)):
-            raise InputError(f"{flag} needs {len(styles)} masks, one for each style image")
+    """Raise InputError if there are not as many masks as styles, or none; the last of `style_masks` may be left out."""
+    if len(style_masks) not in (0, len(styles) - 1, len(styles)):
+        raise InputError(f"--style-masks needs {len(styles)} masks, one for each style image, or one less")
+    if len(painting_masks) not in (0, len(styles)):
+        raise InputError(f"--painting-masks needs {len(styles)} masks, one for each style image")
 
 
 Frame = tuple[Tensor, dict[str, float]]
@@ -489,7 +493,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="keep the photo's colours (default: the painting's)",
     )
     masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
-    add("--style-masks", **masks, help="where in the photo each style goes: one white-on-black picture for each style")
+    add("--style-masks", **masks, help="where in the photo each style goes: white on black; the last gets the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
     add("--protect", metavar="MASK", help="keep the photo where this picture is white; faces: find them")
     add("--protect-weight", type=number(), help="how strongly")

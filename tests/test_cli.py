@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -104,7 +105,8 @@ FLAGS = """--content-weight 2 alpha | --style-weight 3 beta | --tv-weight 4 tv_w
     --content-layers relu3_1 content_layers | --style-layers relu2_2 style_layers | --style-blend 5 style_blend
     --lbfgs-iters 7 lbfgs_iters | --scales 1 scales | --optimizer adam optimizer | --lr 0.5 lr | --init noise init
     --pooling max pooling | --vgg vgg16 vgg | --vgg-weights random vgg_weights | --seed 8 seed
-    --precision bfloat16 precision | --preserve-color histogram preserve_color""".replace("|", "\n").splitlines()
+    --precision bfloat16 precision | --preserve-color histogram preserve_color
+    --protect-weight 9 protect_weight""".replace("|", "\n").splitlines()
 
 
 def test_every_flag_reaches_paint(monkeypatch):
@@ -119,13 +121,21 @@ def test_every_flag_reaches_paint(monkeypatch):
     gatys.main([str(CONTENT), str(STYLE), "--device", "cpu", "-o", "a.png"])
     defaults = {name: p.default for name, p in inspect.signature(gatys.paint).parameters.items()}
     for name in names[2:]:
-        assert seen[name] == defaults[name], name
+        assert seen[name] == defaults[name] or (not len(seen[name]) and not len(defaults[name])), name
     assert (max(seen["content"].shape), max(seen["styles"][0].shape)) == (512, 512)
     flags = [line.split() for line in FLAGS]
     gatys.main([str(CONTENT), str(STYLE), *(part for flag, value, _ in flags for part in (flag, value))])
     for _, value, name in flags:
         assert str(seen[name]).strip("[]'").removesuffix(".0") == value, name
-    assert {name for *_, name in flags} == set(names[2:])
+    masks = {"style_masks", "painting_masks", "protect"}
+    assert {name for *_, name in flags} | masks == set(names[2:])
+    for value, name in enumerate(sorted(masks), 50):
+        Image.new("L", (9, 7), value).save(f"{name}.png")
+    options = [part for name in masks for part in (f"--{name.replace('_', '-')}", f"{name}.png")]
+    gatys.main([str(CONTENT), str(STYLE), *options])
+    for value, name in enumerate(sorted(masks), 50):
+        mask = seen[name] if name == "protect" else seen[name][0]
+        torch.testing.assert_close(mask, torch.full((1, 1, 7, 9), value / 255), rtol=0, atol=1e-6)
     gatys.main([str(CONTENT), str(STYLE), "--image-size", "64", "--style-scale", "0.5", "--center-crop", "-o", "b.png"])
     assert (seen["content"].shape, seen["styles"][0].shape) == ((1, 3, 64, 64), (1, 3, 32, 32))
 
@@ -137,6 +147,37 @@ def test_the_command_line_gives_the_picture_of_a_python_call():
         images[0], images[1:], init="noise", scales=2, num_steps=2, lbfgs_iters=1, vgg_weights="random"
     )
     assert (gatys.load_image("a.png") - result).abs().max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize(("losses", "interrupted"), [([3, 2, 5], False), ([3, 2, 5, 1], True), ([4, 3, 2], False)])
+def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses, interrupted):
+    """Of a finished run, and of one that Ctrl-C ends in its fourth step; the coarse scale's loss is another one."""
+
+    def paint(content, styles, **options):
+        yield torch.zeros(1, 3, 16, 24), {"total": 0.1}
+        for step, loss in enumerate(losses, 2):
+            if interrupted and step == 4:
+                signal.raise_signal(signal.SIGINT)
+            yield torch.full_like(content, loss / 10), {"total": float(loss)}
+
+    monkeypatch.setattr(gatys, "paint", functools.wraps(gatys.paint)(paint))
+    arguments = [*map(str, (CONTENT, STYLE)), *TINY, "--num-steps", "4", "--scales", "1", "--save-losses"]
+    if interrupted:
+        with pytest.raises(SystemExit, match="130"):
+            gatys.main(arguments)
+    else:
+        gatys.main(arguments)
+    with Image.open("content_style.png") as picture:
+        assert abs(picture.getpixel((5, 5))[0] - 25.5 * min(losses[:3])) < 1
+        assert picture.text["step"] == f"{2 + losses.index(min(losses[:3]))} of 4"
+    assert len(Path("content_style_losses.csv").read_text().splitlines()) == 5
+
+
+def test_another_thread_than_the_main_one_can_do_it():
+    thread = threading.Thread(target=gatys_main, args=(CONTENT, STYLE))
+    thread.start()
+    thread.join()
+    assert files() == ["content_style.png"]
 
 
 def test_several_styles():
@@ -268,6 +309,15 @@ def test_a_move_that_blows_up_does_not_replace_the_last_good_picture():
         assert saturated < 0.2 * len(picture.tobytes())
 
 
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="known on Linux only")
+def test_more_pixels_than_memory_holds_are_refused_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(gatys, "BYTES_PER_PIXEL", dict.fromkeys(gatys.BYTES_PER_PIXEL, 1e15))
+    with pytest.raises(SystemExit, match="2"):
+        gatys_main(CONTENT, STYLE)
+    assert "error: not enough memory for 48 px: about --image-size " in capsys.readouterr().err
+    assert not files()
+
+
 def test_out_of_memory_names_a_size(monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -306,7 +356,7 @@ def test_the_readmes_pictures_are_there():
 
 def test_the_readme_documents_every_flag_and_its_default():
     readme = (ROOT / "README.md").read_text()
-    flags = re.findall(r'add\((?:"-o", )?"(--[a-z0-9-]+)"', (ROOT / "gatys.py").read_text())
+    flags = re.findall(r'add\(\s*(?:"-o", )?"(--[a-z0-9-]+)"', (ROOT / "gatys.py").read_text())
     assert len(flags) > 20
     assert all(f"`{flag}`" in readme or flag == "--output" for flag in flags)
     args = gatys.parse_args(["content.jpg"])
