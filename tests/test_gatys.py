@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import common
 import gatys
 from common import VGG, InputError, gram_matrix
 from gatys import Diverged, Region, content_loss, optimize, paint, style_loss, stylize, total_loss, total_variation
+
+ROOT = Path(__file__).parent.parent
 
 SMALL = {
     "vgg_weights": "random",
@@ -604,3 +607,33 @@ def test_cuda_gives_the_cpus_picture(pictures):
     result, _ = record(pictures[0].to(device), [pictures[1].to(device)], init="noise")
     assert result.device.type == "cuda"
     assert (result.cpu() - expected).abs().mean() < 0.02
+
+
+# --- Faces ---
+
+
+def test_faces_are_found_in_a_portrait_and_a_group_and_nowhere_else(capsys):
+    """The real detector: a soft ellipse on each face."""
+    pytest.importorskip("facenet_pytorch")
+    portrait = common.load_image(ROOT / "examples" / "portrait.jpg", 256)
+    small = torchvision.transforms.functional.resize(portrait, [192, 164], antialias=True)
+    group = torch.ones(1, 3, 256, 600)
+    group[..., :218], group[..., 60:252, 240:404], group[..., 380:598] = portrait, small, portrait.flip(-1)
+    mask = gatys.find_faces(portrait)
+    assert mask.shape == (1, 1, 256, 218)
+    assert mask[0, 0, 92, 104] == 1  # the nose
+    assert not mask[..., 200:, :].any()
+    assert not mask[..., :30].any()
+    assert 0.05 < mask.mean() < 0.25
+    assert ((mask > 0) & (mask < 1)).float().mean() > 0.02
+    crowd = gatys.find_faces(group)
+    assert [crowd[0, 0, y, x].item() for y, x in ((92, 104), (60 + 69, 240 + 78), (92, 380 + 113))] == [1, 1, 1]
+    assert crowd[..., 225:240].sum() == 0
+    assert gatys.find_faces(common.load_image(ROOT / "examples" / "content.jpg", 256)) is None
+    assert "no face found" in capsys.readouterr().err
+
+
+def test_without_the_detector_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
+    with pytest.raises(common.InputError, match="pip install --no-deps facenet-pytorch"):
+        gatys.find_faces(torch.zeros(1, 3, 32, 32))
