@@ -25,6 +25,7 @@ from common import VGG, Crops, autocast, gram_matrix, load_checkpoint, load_imag
 
 ROOT = Path(__file__).parent
 CONTENT, STYLE, PORTRAIT = (ROOT / "examples" / f"{name}.jpg" for name in ("content", "style", "portrait"))
+MODEL = johnson.model_file("auvers")
 DEVICE = pick_device()
 PRECISION = pick_precision("auto", DEVICE)
 
@@ -165,7 +166,7 @@ def johnson_loading() -> str:
 
 def johnson_stylize() -> str:
     """The network alone, on 512×512."""
-    network, x = johnson.load_network(johnson.MODEL).to(DEVICE), torch.rand(1, 3, 512, 512, device=DEVICE)
+    network, x = johnson.load_network(MODEL).to(DEVICE), torch.rand(1, 3, 512, 512, device=DEVICE)
     versions = [lambda p=p: johnson.stylize(network, x, precision=p) for p in ("float32", "auto")]
     slow, fast = best(*versions, repeats=10)
     return (
@@ -176,7 +177,7 @@ def johnson_stylize() -> str:
 
 def johnson_objective() -> str:
     """Fig. 5 and Table 1, at 256 px: iterations of L-BFGS on the pixels that reach the network's loss; their time."""
-    network, args = johnson.load_network(johnson.MODEL).to(DEVICE), load_checkpoint(johnson.MODEL)["settings"]
+    network, args = johnson.load_network(MODEL).to(DEVICE), load_checkpoint(MODEL)["settings"]
     vgg = VGG([args["content_layer"], *args["style_layers"]], args["vgg"]).to(DEVICE)
     weights = [args[f"{name}_weight"] for name in ("content", "style", "tv")]
     y_s = load_image(STYLE, args["style_size"]).to(DEVICE)

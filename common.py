@@ -33,7 +33,7 @@ import PIL
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -191,10 +191,9 @@ FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
 def load_image(
     path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
 ) -> Tensor:
-    """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1].
+    """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1]; of an animation, the first frame.
 
-    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over white; of an animation,
-    the first frame counts.
+    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over white.
 
     Args:
         size: the longer side in px; None keeps the file's own size.
@@ -204,27 +203,37 @@ def load_image(
     Raises:
         InputError: the file is missing, no image, or damaged.
     """
+    return next(load_frames(path, size, center_crop, shorter))[0]
+
+
+def load_frames(
+    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
+) -> Iterator[tuple[Tensor, float]]:
+    """Read the frames of an image file as `load_image` does, each with its time in ms; most files have one frame."""
     try:
         with Image.open(path) as file:
             if least := size or shorter:
                 file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
             if shorter and max(file.size) > 8 * min(file.size):
                 raise ValueError("more than 8 times as long as wide")
-            file.load()
-            with suppress(Exception):  # broken EXIF data do no harm to the pixels
-                ImageOps.exif_transpose(file, in_place=True)
-            image = _to_srgb(file)
+            for image in ImageSequence.Iterator(file):
+                image.load()
+                milliseconds = image.info.get("duration", 100)
+                with suppress(Exception):  # broken EXIF data do no harm to the pixels
+                    image = ImageOps.exif_transpose(image)
+                image = _to_srgb(image)
+                if center_crop:
+                    image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
+                if size or shorter:
+                    scale = size / max(image.size) if size else shorter / min(image.size)
+                    new = [max(1, round(side * scale)) for side in image.size]
+                    image = image.resize(new, Image.Resampling.LANCZOS)
+                yield to_tensor(image).unsqueeze(0), milliseconds
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise InputError(f"cannot read {path} as an image ({reason}): is it one, and whole?") from error
-    if center_crop:
-        image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
-    if size or shorter:
-        scale = size / max(image.size) if size else shorter / min(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    return to_tensor(image).unsqueeze(0)
 
 
 def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -315,6 +324,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 # ===========================================================================================================
 
 NETWORK_TIMEOUT = 5.0  # seconds without an answer, after which a download is given up
+ANIMATIONS = (".gif", ".webp")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
 
 
@@ -529,7 +539,7 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
     if output and output.suffix and not output.is_dir() and (single or output.suffix.lower() in FORMATS):
         if not single:
             raise InputError(f"{output} is one picture: name a folder for the results of several")
-        check_outputs([output], inputs, FORMATS)
+        check_outputs([output], inputs, [*FORMATS, *[".gif"] * is_animation(inputs[0])])
         return [(inputs[0], output)]
     wanted = []
     for path in inputs:
@@ -541,7 +551,7 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
     taken = {os.path.realpath(source) for source, _ in wanted}
     pairs = []
     for source, target in wanted:
-        suffix = target.suffix if target.suffix.lower() in FORMATS else ".png"
+        suffix = target.suffix if target.suffix.lower() in FORMATS or is_animation(source) else ".png"
         unique, n = target.with_suffix(suffix), 1
         while os.path.realpath(unique) in taken:
             n += 1
@@ -556,18 +566,23 @@ def transform_files(
     inputs: Sequence[Path],
     output: Path | None,
     tag: str,
-    transform: Callable[[Path], Tensor],
+    transform: Callable[[Tensor], Tensor],
+    size: int | None,
     metadata: dict[str, str],
 ) -> None:
-    """Write `transform(path)` for every image among `inputs` and in their folders, to where `plan_outputs` says.
+    """Write `transform` of every image among `inputs` and in their folders, loaded with `size`, as `plan_outputs` says.
 
-    Of several images, one that fails is passed over with a warning, and the exit status is 1 in the end.
+    Of an animation, every frame is transformed. Of several images, one that fails is passed over with a warning, and
+    the exit status is 1 in the end.
     """
     pairs = plan_outputs(inputs, output, tag)
     failed = 0
     for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
         try:
-            save_image(transform(source), target, metadata)
+            if is_animation(source) and target.suffix.lower() in ANIMATIONS:
+                save_animation(((transform(image), time) for image, time in load_frames(source, size)), target)
+            else:
+                save_image(transform(load_image(source, size)), target, metadata)
         except (InputError, OSError, MemoryError, RuntimeError) as error:
             if len(pairs) == 1 or not (isinstance(error, InputError | OSError) or out_of_memory(error)):
                 raise
@@ -579,6 +594,37 @@ def transform_files(
     if failed:
         print(f"{failed} of {len(pairs)} files were passed over", file=sys.stderr)
         raise SystemExit(1)
+
+
+def is_animation(path: Path) -> bool:
+    """Whether a file is a GIF or WebP of several frames."""
+    with suppress(Exception), Image.open(path) as file:
+        return path.suffix.lower() in ANIMATIONS and file.n_frames > 1
+    return False
+
+
+def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
+    """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF or WebP that repeats for ever."""
+    images, times = zip(*((to_pil(image), time) for image, time in frames), strict=True)
+    data, options = io.BytesIO(), FORMATS.get(path.suffix.lower(), {})
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    images[0].save(data, kind, save_all=True, append_images=images[1:], duration=times, loop=0, **options)
+    write_file(data.getvalue(), path)
+
+
+def save_sheet(columns: dict[str, Tensor], plot: Path, path: Path, metadata: dict[str, str]) -> None:
+    """Write pictures in columns under their captions, {caption: (B, 3, H, W)}, and a plot of the losses beside them."""
+    side = max(column.shape[-1] for column in columns.values())
+    height = max(20 + max(len(column) for column in columns.values()) * side, 480)
+    with Image.open(plot) as file:
+        losses = ImageOps.contain(file.convert("RGB"), (2 * height, height))
+    sheet = Image.new("RGB", (len(columns) * (side + 4) + losses.width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (caption, column) in enumerate(columns.items()):
+        draw.text((i * (side + 4), 2), caption, "black", ImageFont.load_default(14))
+        sheet.paste(to_pil(torch.cat([*column], -2)), (i * (side + 4), 20))
+    sheet.paste(losses, (len(columns) * (side + 4), 0))
+    save_image(to_tensor(sheet), path, metadata)
 
 
 def save_losses(columns: Sequence[str], history: Sequence[Sequence[float]], table: Path) -> None:

@@ -57,7 +57,6 @@ from common import (
     fingerprints,
     hold_out,
     load_checkpoint,
-    load_image,
     network_timeout,
     number,
     one_line_errors,
@@ -66,7 +65,7 @@ from common import (
     processes,
     provenance,
     save_checkpoint,
-    save_image,
+    save_sheet,
     say,
     transform_files,
 )
@@ -428,7 +427,8 @@ def save_samples(
     gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, args: argparse.Namespace, record: dict, history: list[list[float]]
 ) -> list[str]:
     """Write the epoch's sheet of the test pictures x and y, and what is to be exported; return warnings."""
-    save_image(sample_sheet(gan, x, y), args.output / f"epoch_{epoch:03d}.jpg", {"command": record["command"]})
+    sheet = args.output / f"epoch_{epoch:03d}.jpg"
+    save_sheet(sample_columns(gan, x, y), args.output / "losses.png", sheet, {"command": record["command"]})
     if args.export:
         G, F = ({name: value.half() for name, value in net.state_dict().items()} for net in (gan.G, gan.F))
         save_checkpoint(record | {"G": G, "F": F}, args.export)
@@ -436,17 +436,13 @@ def save_samples(
 
 
 @torch.no_grad()
-def sample_sheet(gan: CycleGAN, x: Tensor, y: Tensor) -> Tensor:
-    """A sheet (3, H, W) with a row for every test picture: x, G(x), F(G(x)), F(x), and y, F(y), G(F(y)), G(y)."""
-    halves = []
-    for image, there, back in ((x, gan.G, gan.F), (y, gan.F, gan.G)):
-        with autocast(x.device, gan.precision):
-            made = there(image)
-            columns = [image, made, back(made), back(image)]
-        halves.append(torch.cat([torch.cat([*column], -2) for column in columns], -1))
-    rows = max(half.shape[1] for half in halves)
-    halves = [nnf.pad(half, (0, 0, 0, rows - half.shape[1]), value=1.0) for half in halves]
-    return torch.cat([halves[0], halves[0].new_ones(3, rows, 8), halves[1]], -1)
+def sample_columns(gan: CycleGAN, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """What the generators make of test pictures x and y, under the names of the paper."""
+    G, F = gan.G, gan.F
+    with autocast(x.device, gan.precision):
+        G_x, F_y = G(x), F(y)
+        there = {"x": x, "G(x)": G_x, "F(G(x))": F(G_x), "F(x)": F(x)}
+        return there | {"y": y, "F(y)": F_y, "G(F(y))": G(F_y), "G(y)": G(y)}
 
 
 @torch.no_grad()
@@ -494,10 +490,11 @@ def translate_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     precision = pick_precision(args.precision, device, exact=network.published)
     print(f"computing on {device} in {precision}", file=sys.stderr)
 
-    def transform(path: Path) -> Tensor:
-        return translate(network, load_image(path, args.image_size).to(device), args.precision)
+    def transform(image: Tensor) -> Tensor:
+        return translate(network, image.to(device), args.precision)
 
-    transform_files(args.inputs, args.output, args.direction, transform, provenance(command, model=args.model.name))
+    metadata = provenance(command, model=args.model.name)
+    transform_files(args.inputs, args.output, args.direction, transform, args.image_size, metadata)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -541,7 +538,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = commands.add_parser("translate", help="translate pictures", description="Translate pictures.")
     sub.set_defaults(run=translate_files)
     add = sub.add_argument
-    add("inputs", type=Path, nargs="+", metavar="input", help="picture, or folder of pictures")
+    add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
     add("--model", type=Path, required=True, help="of train, or a generator of the authors' code")
     add("--direction", choices=["x2y", "y2x"], default="x2y", help="G or F")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")

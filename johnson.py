@@ -21,6 +21,7 @@ Where this departs from the paper:
   serves VGG-16 and VGG-19 (Gatys et al. do so for every filter, over ImageNet). The total variation is a mean, so that
   its weight means the same at every size.
 - The content layer is relu2_2, as in the paper's text; the authors' released code has relu3_3.
+- A training may start from another style's network, and its learning rate may fall to 0 in the end: neither by default.
 - Photos are cropped at random, where the paper resizes them to 256×256. The painting is 512 px, where the released code
   has 256.
 """
@@ -64,7 +65,7 @@ from common import (
     provenance,
     rescale,
     save_checkpoint,
-    save_image,
+    save_sheet,
     say,
     transform_files,
 )
@@ -257,23 +258,31 @@ def step(f_W: TransformNet, objective: Objective, optimizer: torch.optim.Optimiz
     return {name: loss.detach() for name, loss in losses.items()}
 
 
+def lr_factor(iteration: int, iterations: int, decay_iterations: int) -> float:
+    """1 in iterations 0, 1, …; then linearly down, to reach 0 after the last of `decay_iterations`."""
+    return min(1.0, (iterations - iteration) / max(1, decay_iterations))
+
+
 def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Train f_W as the command line says (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
     checkpoint, sheet = args.output.with_suffix(".checkpoint.pth"), args.output.with_suffix(".samples.jpg")
-    resume = claim_outputs(checkpoint, [args.output, sheet], [args.style, args.data], args.resume)
+    sources = [args.style, args.data, *([args.start_from] if args.start_from else [])]
+    resume = claim_outputs(checkpoint, [args.output, sheet], sources, args.resume)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     held_out, files = hold_out(find_images(args.data), args.image_size)  # the sheet's photos are not trained on
     held_out, y_s = held_out.to(device), load_image(args.style, args.style_size).to(device)
 
     torch.manual_seed(args.seed)
-    f_W = TransformNet(args.norm, args.upsample, args.padding).to(device)
+    f_W = load_network(args.start_from) if args.start_from else TransformNet(args.norm, args.upsample, args.padding)
+    f_W.to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
     vgg = VGG([args.content_layer, *args.style_layers], args.vgg, args.vgg_weights).to(device)
     weights = args.content_weight, args.style_weight, args.tv_weight
     objective = Objective(vgg, y_s, args.content_layer, args.style_layers, *weights, precision)
 
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": str(precision), "vgg": vgg.arch}
+    settings = {name: getattr(args, name) for name in SETTINGS} | f_W.architecture
+    settings |= {"precision": str(precision), "vgg": vgg.arch}
     record = {"architecture": f_W.architecture, "settings": settings, "command": shlex.join(command)}
     run = Training(
         args, device, checkpoint, resume, args.iterations,
@@ -284,11 +293,13 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
             "--data": fingerprints(args.data, files),
             "--style": fingerprints(args.style.parent, [args.style], whole=True),
             "--vgg-weights": fingerprints(Path(), [Path(args.vgg_weights)], whole=True),
+            "--start-from": fingerprints(Path(), sources[2:], whole=True),
         },
         record=record,
         written=lambda iteration: save_samples(f_W, precision, held_out, args.output, record | {"step": iteration}),
     )  # fmt: skip
     for (x,) in run.batches(Crops([files], args.image_size, args.image_size, args.seed)):
+        optimizer.param_groups[0]["lr"] = args.lr * lr_factor(run.step, args.iterations, args.decay_iterations)
         run.log(step(f_W, objective, optimizer, x))
     say(args.output)
 
@@ -333,12 +344,13 @@ def reflect(x: Tensor, margin: int) -> Tensor:
 # Nothing below is in the paper: large pictures, files, the command line.
 # ===========================================================================================================
 
-MODEL = Path(__file__).parent / "models" / "auvers.pth"  # trained on examples/style.jpg, as the README says
+MODELS = Path(__file__).parent / "models"
+STYLES = ("auvers",)  # models that come with this, trained as the README says
 STRIP = 2**19  # pixels of a feature map that are convolved at a time, outside training
 
 # What a resumed training has to have in common with the one that it continues.
 SETTINGS = ["content_weight", "style_weight", "tv_weight", "content_layer", "style_layers", "image_size", "style_size"]
-SETTINGS += ["batch_size", "lr", "norm", "upsample", "padding", "seed"]
+SETTINGS += ["batch_size", "lr", "decay_iterations", "seed"]
 
 
 def in_strips(convolution: Convolution, x: Tensor) -> Tensor:
@@ -360,16 +372,17 @@ def in_strips(convolution: Convolution, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def save_samples(f_W: TransformNet, precision: torch.dtype, photos: Tensor, path: Path, record: dict) -> None:
-    """Write the model with its `record`, in half precision, and a sheet of `photos`, the results below them."""
+def save_samples(f_W: TransformNet, precision: torch.dtype, x: Tensor, path: Path, record: dict) -> None:
+    """Write the model with its `record`, in half precision, and a sheet of photos x and what it makes of them."""
     half = {name: value.half() for name, value in f_W.state_dict().items()}
     save_checkpoint(record | {"model": half}, path)
     f_W.eval()
-    with autocast(photos.device, precision):
-        rows = photos, f_W(photos)
+    with autocast(x.device, precision):
+        columns = {"x": x, "f_W(x)": f_W(x)}
     f_W.train()
-    sheet = torch.cat([torch.cat([*row], -1) for row in rows], -2)
-    save_image(sheet, path.with_suffix(".samples.jpg"), {"command": record["command"]})
+    save_sheet(
+        columns, path.with_suffix(".losses.png"), path.with_suffix(".samples.jpg"), {"command": record["command"]}
+    )
 
 
 def load_network(path: Path) -> TransformNet:
@@ -396,12 +409,19 @@ def stylize_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     precision = pick_precision(args.precision, device, exact=network.published)
     print(f"computing on {device} in {precision}", file=sys.stderr)
 
-    def transform(path: Path) -> Tensor:
-        image = load_image(path, args.image_size).to(device)
-        return stylize(network, image, args.strength, args.precision, args.preserve_color)
+    def transform(image: Tensor) -> Tensor:
+        return stylize(network, image.to(device), args.strength, args.precision, args.preserve_color)
 
     metadata = provenance(command, model=args.model.name)
-    transform_files(args.inputs, args.output, args.model.stem, transform, metadata)
+    transform_files(args.inputs, args.output, args.model.stem, transform, args.image_size, metadata)
+
+
+def model_file(name: str) -> Path:
+    """An argparse type: the file of one of STYLES, or any other."""
+    path = MODELS / f"{name}.pth" if name in STYLES else Path(name)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {name}; name one, or a style: {', '.join(STYLES)}")
+    return path
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -412,8 +432,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub = commands.add_parser("stylize", help="stylise pictures", description="Stylise pictures in one pass each.")
     sub.set_defaults(run=stylize_files)
     add = sub.add_argument
-    add("inputs", type=Path, nargs="+", metavar="input", help="picture, or folder of pictures")
-    add("--model", type=Path, default=MODEL, help="of train, or of pytorch/examples")
+    add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
+    add(
+        "--model",
+        type=model_file,
+        default="auvers",
+        help=f"{', '.join(STYLES)}, or a file: of train, or of pytorch/examples",
+    )
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<model>.png)")
     add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
     add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's output")
@@ -436,7 +461,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--style-size", type=number(int, 16, 65536), default=512, help="longer side of the painting, in px")
     add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")
     add("--iterations", type=number(int, 1), default=40000, help="of Adam")
+    add("--decay-iterations", type=number(int), default=0, help="the last ones, while --lr falls to 0")
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
+    add("--start-from", type=Path, metavar="MODEL", help="go on from its weights: the first minutes are done")
     add("--norm", choices=["instance", "batch"], default="instance", help="the paper's is batch")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--padding", choices=["reflect", "start"], default="reflect", help="the paper's is start")

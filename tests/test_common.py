@@ -562,17 +562,51 @@ def test_one_failure_does_not_stop_a_folder(tmp_path, capsys):
     (folder / "bad.png").write_text("no picture")
     (tmp_path / "out" / "b.png").mkdir(parents=True)  # in the way of a result
 
-    def transform(path):
-        if path.stem == "large":
+    Image.new("RGB", (9, 9)).save(folder / "large.png")
+
+    def transform(image):
+        if image.shape[-1] == 9:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return load_image(path)
+        return image
 
     record = common.provenance(["\udcff"], model="\udcff")  # names need not be valid Unicode
     with pytest.raises(SystemExit) as exit_:
-        common.transform_files([folder], tmp_path / "out", "t", transform, record)
+        common.transform_files([folder], tmp_path / "out", "t", transform, None, record)
     assert exit_.value.code == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_file()) == ["a.png", long_name]
     assert capsys.readouterr().err.count("warning: ") == 3
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_an_animation_stays_one(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    colours = ["red", "lime", "blue"]
+    frames, times = [Image.new("RGB", (40, 20), colour) for colour in colours], [200, 100, 400]
+    frames[0].save(f"a{suffix}", save_all=True, append_images=frames[1:], duration=times, lossless=True)
+    common.transform_files([Path(f"a{suffix}")], None, "t", lambda image: image.flip(1), 20, {})
+    with Image.open(f"a_t{suffix}") as result:
+        assert (result.size, result.n_frames, result.info["loop"]) == ((20, 10), 3, 0)
+        for k, expected in enumerate([(0, 0, 255), (0, 255, 0), (255, 0, 0)]):
+            result.seek(k)
+            result.load()
+            assert result.info["duration"] == times[k]
+            assert max(abs(a - b) for a, b in zip(result.convert("RGB").getpixel((9, 5)), expected, strict=True)) < 6
+    common.transform_files([Path(f"a{suffix}")], Path("first.png"), "t", lambda image: image, None, {})
+    assert load_image("first.png")[0, :, 0, 0].tolist() == [1, 0, 0]
+
+
+def test_a_sheet_has_captions_pictures_and_the_plot(tmp_path):
+    Image.new("RGB", (960, 720), "blue").save(tmp_path / "plot.png")
+    columns = {"x": torch.zeros(4, 3, 100, 100), "G(x)": torch.ones(2, 3, 100, 100) * 0.5}
+    common.save_sheet(columns, tmp_path / "plot.png", tmp_path / "a.png", {})
+    sheet = load_image(tmp_path / "a.png")
+    assert sheet.shape == (1, 3, 480, 208 + 640)
+    assert sheet[..., 20:420, :100].max() == 0
+    assert (sheet[..., 20:220, 104:204] - 0.5).abs().max() < 0.01
+    assert sheet[..., 220:, 104:204].min() == 1
+    assert sheet[0, :, 240, 500].tolist() == [0, 0, 1]
+    for left in (0, 104):
+        assert sheet[..., :20, left : left + 100].min() < 0.5  # letters
 
 
 def test_a_reader_that_goes_away_ends_no_work(tmp_path):
