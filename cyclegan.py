@@ -7,6 +7,7 @@ Nobody has photos of the same horse as a zebra. So a generator G: X → Y is tra
 D_Y cannot tell from those of Y, F: Y → X likewise, and what ties a result to its input is the way back: F(G(x)) ≈ x and
 G(F(y)) ≈ y.
 
+    python cyclegan.py translate horse.jpg                        # by a model that comes with this
     python cyclegan.py train horse2zebra -o run/                  # downloads the paper's pictures; or name two folders
     python cyclegan.py translate photo.jpg --model run/checkpoint.pth
 
@@ -361,6 +362,8 @@ SERVER = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
 DATASETS = ("horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "cezanne2photo", "ukiyoe2photo")
 DATASETS += ("vangogh2photo", "maps", "facades", "iphone2dslr_flower", "ae_photos")
 
+MODEL = Path(__file__).parent / "models" / "horse2zebra.pth"  # trained as the README says
+
 # What a resumed training has to have in common with the one that it continues.
 SETTINGS = ["lambda_cycle", "lambda_identity", "pool_size", "lr", "beta1", "batch_size", "epochs", "decay_epochs"]
 SETTINGS += ["load_size", "crop_size", "blocks", "width", "seed"]
@@ -485,15 +488,15 @@ def load_generator(path: Path, direction: str = "x2y") -> Generator:
 
 def translate_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Translate files and folders as the command line says; exit with status 1 if some could not be read."""
-    device = pick_device(args.device)
-    network = load_generator(args.model, args.direction).to(device)
+    device, model = pick_device(args.device), args.model or MODEL
+    network = load_generator(model, args.direction).to(device)
     precision = pick_precision(args.precision, device, exact=network.published)
     print(f"computing on {device} in {precision}", file=sys.stderr)
 
     def transform(image: Tensor) -> Tensor:
         return translate(network, image.to(device), args.precision)
 
-    metadata = provenance(command, model=args.model.name)
+    metadata = provenance(command, model=model.name)
     transform_files(args.inputs, args.output, args.direction, transform, args.image_size, metadata)
 
 
@@ -539,8 +542,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sub.set_defaults(run=translate_files)
     add = sub.add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
-    add("--model", type=Path, required=True, help="of train, or a generator of the authors' code")
-    add("--direction", choices=["x2y", "y2x"], default="x2y", help="G or F")
+    add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
+    add("--direction", choices=["x2y", "y2x"], default="x2y", help="G, horse to zebra; or F, zebra to horse")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
     add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
 

@@ -463,7 +463,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--iterations", type=number(int, 1), default=40000, help="of Adam")
     add("--decay-iterations", type=number(int), default=0, help="the last ones, while --lr falls to 0")
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
-    add("--start-from", type=Path, metavar="MODEL", help="go on from its weights: the first minutes are done")
+    add("--start-from", type=model_file, metavar="MODEL", help="go on from its weights: a style, or a file")
     add("--norm", choices=["instance", "batch"], default="instance", help="the paper's is batch")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--padding", choices=["reflect", "start"], default="reflect", help="the paper's is start")
