@@ -95,12 +95,6 @@ def test_a_second_run_gives_the_same_bytes_and_leaves_no_old_frames():
     assert files("content_style_frames") == ["0001.png", "0002.png"]
 
 
-def test_a_picture_made_here_can_be_the_next_content():
-    gatys_main(CONTENT, STYLE)
-    gatys_main("content_style.png", STYLE)
-    assert files() == ["content_style.png", "content_style_style.png"]
-
-
 FLAGS = """--content-weight 2 alpha | --style-weight 3 beta | --tv-weight 4 tv_weight | --num-steps 6 num_steps
     --content-layers relu3_1 content_layers | --style-layers relu2_2 style_layers | --style-blend 5 style_blend
     --lbfgs-iters 7 lbfgs_iters | --scales 1 scales | --optimizer adam optimizer | --lr 0.5 lr | --init noise init
@@ -180,19 +174,6 @@ def test_another_thread_than_the_main_one_can_do_it():
     assert files() == ["content_style.png"]
 
 
-def test_several_styles():
-    gatys_main(CONTENT, STYLE, ROOT / "examples" / "portrait.jpg", "--style-blend", "3", "1")
-    assert files() == ["content_style_portrait.png"]
-
-
-@pytest.mark.parametrize("size", [(37, 53), (160, 40)])
-def test_odd_sizes(size):
-    Image.new("RGB", size, "teal").save("odd.png")
-    gatys_main("odd.png", STYLE, "--image-size", max(size), "--content-layers", "relu4_2")
-    with Image.open("odd_style.png") as picture:
-        assert picture.size == size
-
-
 # --- Mistakes ---
 
 
@@ -200,28 +181,20 @@ MISTAKES = [
     (["missing.jpg", STYLE], "missing.jpg"),
     ([CONTENT], "style image"),
     ([], "content"),
-    (["text.jpg", STYLE], "text.jpg"),
-    (["truncated.jpg", STYLE], "truncated.jpg"),
-    ([ROOT, STYLE], "cannot read"),
     ([CONTENT, STYLE, "-o", "folder.png"], "folder.png"),
-    ([CONTENT, STYLE, "-o", "text.jpg/a.png"], "text.jpg"),
     ([CONTENT, STYLE, "-o", "a.xyz"], ".png"),
     ([CONTENT, "style.png", "-o", "./style.png"], "input"),
     (["c.gif", STYLE, "--save-gif", "-o", "c.png"], "c.gif"),
     (["d_frames/0008.png", STYLE, "--save-all", "-o", "d.png"], "d_frames"),
     (["e_frames/0001.png", STYLE, "--save-all", "-o", "e.png"], "e_frames"),
-    ([CONTENT, STYLE, "--style-layers", "relu1_1", "conv1_1"], "conv1_1"),
     ([CONTENT, STYLE, "--image-size", "0"], "--image-size"),
     ([CONTENT, STYLE, "--image-size", "12"], "too small"),
     ([CONTENT, STYLE, "--style-weight", "nan"], "--style-weight"),
-    ([CONTENT, STYLE, "--lr", "-1"], "--lr"),
-    ([CONTENT, STYLE, "--style-blend", "1", "2"], "--style-blend"),
+    ([CONTENT, STYLE, "--style-masks", "style.png", "style.png", "style.png"], "--style-masks needs 1 masks"),
+    ([CONTENT, STYLE, "--painting-masks", "style.png", "style.png"], "--painting-masks needs 1 masks"),
     ([CONTENT, STYLE, "--vgg-weights", "text.jpg"], "text.jpg"),
-    ([CONTENT, STYLE, "--vgg", "alexnet"], "--vgg"),
     ([CONTENT, STYLE, "--device", "gpu"], "gpu"),
-    ([CONTENT, STYLE, "--colour"], "--colour"),
     ([CONTENT, STYLE, "--style-scale", "1e9"], "--style-scale"),
-    ([CONTENT, STYLE, "--lr", "1e12", "--optimizer", "adam", "--num-steps", "9"], "--lr"),
 ]
 
 
@@ -234,7 +207,6 @@ def test_a_mistake_is_told_in_one_line(arguments, word, capsys):
     Path("e_frames/0001.png").symlink_to(CONTENT)  # a link in it would be removed with the old frames
     Image.new("RGB", (48, 48), "teal").save("c.gif")
     Path("text.jpg").write_text("not a picture")
-    Path("truncated.jpg").write_bytes(CONTENT.read_bytes()[:5000])
     Image.new("RGB", (48, 48), "teal").save("style.png")
     with pytest.raises(SystemExit) as exit_:
         gatys_main(*arguments)
@@ -284,22 +256,6 @@ def test_a_full_disk_while_frames_are_saved_keeps_the_picture(monkeypatch, capsy
     assert Path("content_style.png").exists()
 
 
-def test_an_infinite_loss_keeps_the_last_good_picture(monkeypatch, capsys):
-    total_loss, calls = gatys.total_loss, []
-
-    def explode(*arguments):
-        calls.append(0)
-        losses = total_loss(*arguments)
-        return losses | {"total": losses["total"] * (float("nan") if len(calls) > 3 else 1)}
-
-    monkeypatch.setattr(gatys, "total_loss", explode)
-    with pytest.raises(SystemExit) as exit_:
-        gatys.main([str(CONTENT), str(STYLE), *TINY, "--num-steps", "9"])
-    assert exit_.value.code == 2
-    assert "content_style.png holds the picture of step 3 of 9" in capsys.readouterr().err
-    assert Path("content_style.png").exists()
-
-
 def test_a_move_that_blows_up_does_not_replace_the_last_good_picture():
     with pytest.raises(SystemExit):
         gatys_main(CONTENT, STYLE, "--optimizer", "adam", "--lr", "1e12", "--num-steps", "9")
@@ -307,15 +263,6 @@ def test_a_move_that_blows_up_does_not_replace_the_last_good_picture():
         assert picture.text["step"] == "1 of 9"
         saturated = sum(value in (0, 255) for value in picture.tobytes())
         assert saturated < 0.2 * len(picture.tobytes())
-
-
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="known on Linux only")
-def test_more_pixels_than_memory_holds_are_refused_before_any_work(monkeypatch, capsys):
-    monkeypatch.setattr(gatys, "BYTES_PER_PIXEL", dict.fromkeys(gatys.BYTES_PER_PIXEL, 1e15))
-    with pytest.raises(SystemExit, match="2"):
-        gatys_main(CONTENT, STYLE)
-    assert "error: not enough memory for 48 px: about --image-size " in capsys.readouterr().err
-    assert not files()
 
 
 def test_out_of_memory_names_a_size(monkeypatch, capsys):

@@ -16,20 +16,13 @@ import torch
 import torch.nn.functional as nnf
 from PIL import Image
 from test_cli import readme_commands
+from test_common import equal
 from torch import nn
 
 import common
 import cyclegan
 from common import InputError
-from cyclegan import (
-    CycleGAN,
-    Generator,
-    ImagePool,
-    PatchDiscriminator,
-    load_generator,
-    lr_factor,
-    translate,
-)
+from cyclegan import CycleGAN, Generator, ImagePool, PatchDiscriminator, load_generator, lr_factor, translate
 
 ROOT = Path(__file__).parent.parent
 TINY = "--crop-size 32 --width 4 --blocks 1 --workers 0 --device cpu --precision float32"
@@ -49,22 +42,6 @@ def test_parameter_counts_and_patch_map():
     assert round(sum(p.numel() for p in D.parameters()) / 1e6, 3) == 2.765
     with torch.inference_mode():
         assert D(torch.rand(1, 3, 256, 256)).shape == (1, 1, 30, 30)
-
-
-@pytest.mark.parametrize("blocks", [6, 9])
-def test_generator_layer_sizes(blocks):
-    network, sizes = Generator(blocks), []
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.register_forward_hook(lambda m, i, o: sizes.append((*o.shape[1:], *m.kernel_size)))
-    with torch.inference_mode():
-        network(torch.rand(1, 3, 32, 48))
-    start = [(64, 32, 48, 7, 7), (128, 16, 24, 3, 3), (256, 8, 12, 3, 3)]
-    assert sizes == [
-        *start,
-        *[(256, 8, 12, 3, 3)] * 2 * blocks,
-        *[(128, 16, 24, 3, 3), (64, 32, 48, 3, 3), (3, 32, 48, 7, 7)],
-    ]
 
 
 def test_a_patch_has_70_pixels():
@@ -119,13 +96,10 @@ def test_a_step_is_the_papers():
     """Two steps, with a pool of one picture, against a plain loop over Eq. 1 to 3 with torch's Adam."""
     torch.manual_seed(0)
     ours, pairs = gan(lr=1e-3, beta1=0.3, pool_size=1, seed=3, lambda_cycle=7.0), torch.rand(3, 2, 1, 3, 32, 32)
-    nets = {
-        name: type(net)(*((1, 4) if name in "GF" else (4,)))
-        for name, net in zip("GFXY", (ours.G, ours.F, ours.D_X, ours.D_Y), strict=True)
-    }
-    for name, net in zip("GFXY", (ours.G, ours.F, ours.D_X, ours.D_Y), strict=True):
-        nets[name].load_state_dict(net.state_dict())
-    G, F, D_X, D_Y = nets.values()
+    networks = ours.G, ours.F, ours.D_X, ours.D_Y
+    G, F, D_X, D_Y = plain = Generator(1, 4), Generator(1, 4), PatchDiscriminator(4), PatchDiscriminator(4)
+    for net, copy in zip(networks, plain, strict=True):
+        copy.load_state_dict(net.state_dict())
     adam_G = torch.optim.Adam([*G.parameters(), *F.parameters()], 1e-3, (0.3, 0.999))
     adam_D = torch.optim.Adam([*D_X.parameters(), *D_Y.parameters()], 1e-3, (0.3, 0.999))
     kept, chance = {}, [torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)]
@@ -155,10 +129,24 @@ def test_a_step_is_the_papers():
         assert losses.keys() == expected.keys()
         for name, value in expected.items():
             assert losses[name].item() == pytest.approx(value.item(), rel=2e-3), name
-    for net, name in zip((ours.G, ours.F, ours.D_X, ours.D_Y), "GFXY", strict=True):
-        for (key, p), q in zip(net.named_parameters(), nets[name].parameters(), strict=True):
+    for net, copy in zip(networks, plain, strict=True):
+        for (key, p), q in zip(net.named_parameters(), copy.parameters(), strict=True):
             if key.endswith("weight"):  # a bias before a norm has no effect, and no gradient but noise
-                assert (p - q).abs().mean() < 3e-5, (name, key)
+                assert (p - q).abs().mean() < 3e-5, key
+
+
+def test_a_step_in_bfloat16():
+    """All networks compute in it, and the losses are nearly those of float32."""
+    exact, half, (x, y), dtypes = gan(), gan(precision=torch.bfloat16), torch.rand(2, 1, 3, 32, 32), []
+    for network in (half.G, half.F, half.D_X, half.D_Y):
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    losses, expected = half.step(x, y), exact.step(x, y)
+    assert set(dtypes) == {torch.bfloat16}
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(expected[name].item(), rel=0.05), name
 
 
 def test_defaults_are_the_papers():
@@ -196,6 +184,7 @@ def test_pool_fills_first_then_swaps_about_half():
     assert 450 < swapped < 550
     assert len(shown) == 1000  # none is shown twice: what is shown leaves the pool
     assert len(pool.images) == 50
+    assert min(image[0, 0, 0].item() for image in pool.images) >= 50  # each place is swapped now and then
 
 
 def test_pool_keeps_no_graph_and_none_of_size_0():
@@ -206,17 +195,6 @@ def test_pool_keeps_no_graph_and_none_of_size_0():
     empty = ImagePool(0, seed=0)
     assert torch.equal(empty.query(made), made)
     assert not empty.images
-
-
-def test_pool_survives_a_checkpoint(tmp_path):
-    pools = [ImagePool(4, seed=0), ImagePool(4, seed=9)]
-    for i in range(20):
-        pools[0].query(torch.full((1, 3, 2, 2), float(i)))
-    torch.save(pools[0].state_dict(), tmp_path / "pool.pth")
-    pools[1].load_state_dict(torch.load(tmp_path / "pool.pth", weights_only=True))
-    for i in range(20, 40):
-        a, b = (pool.query(torch.full((1, 3, 2, 2), float(i))) for pool in pools)
-        assert torch.equal(a, b)
 
 
 # --- Schedule and warnings ---
@@ -351,36 +329,25 @@ def test_a_set_is_downloaded_once(server, tmp_path):
     assert [p.name for p in (*X, *Y)] == ["a.png", "b.png"]
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_download_cut_short_is_no_set(server, tmp_path, told):
-    body = server.body
-    server.body, server.length = body[: len(body) // 2], len(body) if told else None
-    with pytest.raises(InputError, match=r"cut short|cannot download"):
+@pytest.mark.parametrize("fault", ["cut short", "cut short untold", "damaged", "damaged deflated", "of other folders"])
+def test_a_download_that_is_not_whole_is_no_set(server, tmp_path, fault):
+    body = archive(method=zipfile.ZIP_DEFLATED if "deflated" in fault else zipfile.ZIP_STORED)
+    server.body = body[: len(body) // 2] if "cut" in fault else body[:100] + bytes(900) + body[1000:]
+    server.length = len(body) if fault == "cut short" else None
+    if fault == "of other folders":
+        server.body = archive(["trainA/a.png"])
+    with pytest.raises(InputError, match=r"cut short|damaged|cannot download|trainB"):
         cyclegan.download("horse2zebra")
     assert not any(tmp_path.rglob("*.*"))
-    server.body, server.length = body, None
+    server.body, server.length = archive(), None
     assert cyclegan.download("horse2zebra").is_dir()
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_damaged_archive_is_no_set(server, tmp_path, method):
-    body = bytearray(archive(method=method))
-    body[100:1000] = bytes(900)  # in the first picture
-    server.body = bytes(body)
-    with pytest.raises(InputError, match="damaged"):
-        cyclegan.download("horse2zebra")
-    server.body = archive(["trainA/a.png"])
-    with pytest.raises(InputError, match="trainB"):
-        cyclegan.download("horse2zebra")
-    assert not (tmp_path / "data" / "horse2zebra").exists()
-
-
 def test_an_archive_cannot_write_outside_its_folder(server, tmp_path):
-    for path in ("../../evil.png", "/tmp/evil-cyclegan-test.png", "../trainA/evil.png"):
-        server.body = archive(["trainA/a.png", "trainB/b.png", path])
-        shutil.rmtree(cyclegan.download("horse2zebra"))
-        assert not any(tmp_path.rglob("*.png"))
-        assert not Path("/tmp/evil-cyclegan-test.png").exists()
+    server.body = archive(["trainA/a.png", "trainB/b.png", "../../evil.png", "/tmp/evil-cyclegan-test.png"])
+    shutil.rmtree(cyclegan.download("horse2zebra"))
+    assert not any(tmp_path.rglob("*.png"))
+    assert not Path("/tmp/evil-cyclegan-test.png").exists()
 
 
 def test_other_processes_wait_for_the_first_ones_download(server, tmp_path, monkeypatch):
@@ -417,17 +384,6 @@ def train(*arguments):
     cyclegan.main(["train", *TINY.split(), *map(str, arguments)])
 
 
-def equal(a, b):
-    """Whether two states, of tensors in dictionaries and lists, are the same bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 STATE = ["G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pools", "step", "history"]
 
 
@@ -453,6 +409,7 @@ def test_a_training_in_parts_from_the_command_line(folders, tmp_path, monkeypatc
     X, Y = (common.find_images(folder) for folder in folders)
     assert seen[0] == (([X, Y], 36, 32, 5), {"flip": True})
     assert whole["optimizer_D"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert [len(pool["images"]) for pool in whole["pools"][0]] == [2, 2]
     for _, _, _, total, G, F, cycle, identity, *_ in whole["history"]:
         assert identity == 0
         assert total == pytest.approx(G + F + 3 * cycle, rel=1e-5)
@@ -502,7 +459,6 @@ def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
     arguments = [*folders, "-o", tmp_path / "a", "--max-steps", 1]
     train(*arguments)
     checkpoint = tmp_path / "a" / "checkpoint.pth"
-    (tmp_path / "empty").mkdir()
     (tmp_path / "model.pth").write_text("another model")
     cases = [
         ([*arguments], "--resume"),  # it exists: no training is overwritten by another one
@@ -515,8 +471,6 @@ def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
         ([*folders, "--export", checkpoint, "--resume", checkpoint], "an input"),
         ([*folders, "-o", folders[0] / "run"], "an input"),
         ([folders[1], folders[0], "-o", tmp_path / "a", "--resume"], "another X: "),
-        ([*folders, "--epochs", -1], "--epochs"),
-        ([folders[0], tmp_path / "empty"], "no images"),
         ([folders[0], tmp_path / "missing"], "no such folder"),
         ([*folders, folders[0]], "name two"),
         ([*folders, "--epochs", 0, "--decay-epochs", 0], "--epochs"),
@@ -574,9 +528,6 @@ def published_forward(module, x):
     """x and the result in -1 … 1."""
     m, f = module.model, nn.functional
 
-    def norm(y):
-        return (y - y.mean((2, 3), keepdim=True)) / (y.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
-
     def conv(layer, y, reflect):
         return f.conv2d(f.pad(y, [reflect] * 4, mode="reflect"), layer.weight, layer.bias)
 
@@ -591,7 +542,8 @@ def published_forward(module, x):
     return conv(m["26"], y, 3).tanh()
 
 
-def test_published_generators_give_the_same_pixels(tmp_path):
+def test_published_generators_give_the_same_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     torch.manual_seed(0)
     module, x = published(), torch.rand(1, 3, 36, 48)
     state = module.state_dict()
@@ -609,12 +561,15 @@ def test_published_generators_give_the_same_pixels(tmp_path):
 # --- Translating ---
 
 
-@pytest.mark.parametrize("size", [(37, 53), (24, 96), (96, 24), (5, 9), (32, 32)])
+@pytest.mark.parametrize("size", [(37, 53), (96, 24), (5, 9)])
 def test_size_in_is_size_out(size):
     network, x = Generator(1, 4).eval(), torch.rand(1, 3, *size)
     y = translate(network, x)
     assert y.shape == x.shape
     assert 0 <= y.min() <= y.max() <= 1
+    y.requires_grad_().sum().backward()  # an ordinary tensor
+    with pytest.raises(InputError, match="too small"):
+        translate(network, x[..., :4])
 
 
 def test_padding_does_not_reach_the_picture_beyond_its_border():

@@ -62,11 +62,6 @@ def test_style_loss_is_eq_4():
     torch.testing.assert_close(style_loss(gram_matrix(f), gram_matrix(p)), style_by_loops(f, p))
 
 
-def test_style_loss_compares_pictures_of_different_sizes():
-    f = torch.randn(1, N, H, W, dtype=torch.float64)
-    assert style_loss(gram_matrix(f), gram_matrix(f.repeat(1, 1, 3, 2))).item() == pytest.approx(0, abs=1e-12)
-
-
 def test_total_loss_is_eq_5_and_7():
     x = torch.rand(1, 3, 4, 6, dtype=torch.float64)
     names = ["relu1_1", "relu2_1", "relu3_1", "relu4_2", "relu5_2"]
@@ -262,13 +257,10 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
     photo = torch.nn.functional.pad(pictures[0], [8] * 4, mode="replicate")
     layers = {"content_layers": ["relu2_2"], "style_layers": ["relu1_1", "relu2_1"]}
     weights = {"alpha": 3.0, "beta": 7.0, "tv_weight": 2.0, "init": "content"}
-    first = next(paint(*[pictures[0], pictures[1:]], **(SMALL | layers | weights | {"lbfgs_iters": 1, "scales": 1})))
+    first = next(paint(pictures[0], pictures[1:], **(SMALL | layers | weights | {"lbfgs_iters": 1, "scales": 1})))
     features = VGG(["relu2_2"], "vgg19", "random", "avg").features
-    grams, maps, a, b = (
-        {0: [], 1: []},
-        {},
-        *(((x - common.IMAGENET_MEAN) / common.IMAGENET_STD) for x in (photo, pictures[1])),
-    )
+    a, b = ((x - common.IMAGENET_MEAN) / common.IMAGENET_STD for x in (photo, pictures[1]))
+    grams = {0: [], 1: []}
     for i, layer in enumerate(features):  # conv1_1, 1_2, pool, 2_1, 2_2
         a, b = layer(a), layer(b)
         if isinstance(layer, torch.nn.ReLU):
@@ -277,34 +269,24 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
                 for k, f in enumerate((a, b)):
                     f = (f / mean)[0].flatten(1)
                     grams[k].append(f @ f.T / f.numel())
-            maps[i] = a / mean
     style = sum(((G - A) ** 2).sum() / 4 for G, A in zip(*grams.values(), strict=True)) / 2
-    variation = ((photo[..., 1:, :] - photo[..., :-1, :]) ** 2).mean() + (
-        (photo[..., 1:] - photo[..., :-1]) ** 2
-    ).mean()
+    down, right = photo[..., 1:, :] - photo[..., :-1, :], photo[..., 1:] - photo[..., :-1]
+    variation = (down**2).mean() + (right**2).mean()
     assert first[1]["content"] == pytest.approx(0, abs=1e-6)  # it starts from the photo
     assert first[1]["style"] == pytest.approx(style.item(), rel=1e-3)
     assert first[1]["total"] == pytest.approx((7 * style + 2 * variation).item(), rel=1e-3)
     noise = next(
-        paint(*[pictures[0], pictures[1:]], **(SMALL | layers | {"lbfgs_iters": 1, "scales": 1, "init": "noise"}))
+        paint(pictures[0], pictures[1:], **(SMALL | layers | {"lbfgs_iters": 1, "scales": 1, "init": "noise"}))
     )
     assert noise[1]["content"] > 0.01
 
 
-@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
-def test_the_loss_falls(pictures, optimizer):
-    result, frames = record(pictures[0], pictures[1:], optimizer=optimizer, num_steps=4, init="content")
-    losses = [losses["total"] for _, losses in frames]
-    assert losses[-1] < 0.7 * losses[0]
-    assert result.shape == pictures[0].shape
-    assert 0 <= result.min() < result.max() <= 1
-
-
-@pytest.mark.parametrize("size", [(37, 53), (16, 64), (64, 16), (33, 132)])
+@pytest.mark.parametrize("size", [(37, 53), (64, 16)])
 def test_every_size_comes_out_as_it_went_in(pictures, size):
     content = torch.nn.functional.interpolate(pictures[0], size)
     result, _ = record(content, [torch.rand(1, 3, 51, 17)], content_layers=["relu4_2"], scales=1)
     assert result.shape == content.shape
+    assert 0 <= result.min() < result.max() <= 1
 
 
 def test_scales_go_from_coarse_to_fine(pictures):
@@ -314,9 +296,8 @@ def test_scales_go_from_coarse_to_fine(pictures):
 
 def test_a_fine_scale_starts_from_the_coarse_result(pictures):
     """With one evaluation at the fine scale, its only frame is its start."""
-    _, (_, (coarse, _), (fine, _)) = record(
-        pictures[0], pictures[1:], num_steps=1, lbfgs_iters=1, scales=2, init="noise"
-    )
+    options = {"num_steps": 1, "lbfgs_iters": 1, "scales": 2, "init": "noise"}
+    _, (_, (coarse, _), (fine, _)) = record(pictures[0], pictures[1:], **options)
     expected = torch.nn.functional.interpolate(coarse, fine.shape[-2:], mode="bicubic").clamp(0, 1)
     torch.testing.assert_close(fine, expected, rtol=0, atol=1e-4)
 
@@ -332,9 +313,7 @@ def test_resizing_averages_and_sizes_halve_down_to_192_px():
 
 def test_every_coarser_scale_has_twice_as_many_steps(pictures, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        gatys, "optimize", lambda x, objective, *rest: calls.append(rest) or iter([(x, {"total": 0.0})])
-    )
+    monkeypatch.setattr(gatys, "optimize", lambda x, _, *rest: calls.append(rest) or iter([(x, {"total": 0.0})]))
     options = {"num_steps": 3, "lbfgs_iters": 5, "scales": 3, "optimizer": "adam", "lr": 0.5}
     list(paint(pictures[0], pictures[1:], **(SMALL | options)))
     assert calls == [(steps, 5, "adam", 0.5) for steps in (12, 6, 3)]
@@ -426,7 +405,8 @@ def test_initialisations(pictures):
     assert noise.shape == content.shape
     assert torch.equal(noise, gatys.start("noise", content, [style], [1.0], 1))
     assert not torch.equal(noise, gatys.start("noise", content, [style], [1.0], 2))
-    assert 0.2 < noise.std() < 0.35  # uniform: 0.289
+    assert 0 <= noise.min() < noise.max() <= 1
+    assert 0.27 < noise.std() < 0.31  # uniform: 0.289
     ramp = torch.linspace(0, 1, 90).expand(1, 3, 30, 90)
     # The first style covers 40×56 at 40×120, so that the middle of it stays.
     from_style = gatys.start("style", content, [ramp, 1 - ramp], [0.5, 0.5], 0)
@@ -471,6 +451,7 @@ def test_luminance_is_matched_in_mean_and_spread(pictures):
     assert a.mean().item() == pytest.approx(b.mean().item(), abs=0.005)  # some of it is clamped
     assert a.std().item() == pytest.approx(b.std().item(), abs=0.01)
     assert torch.equal(matched[:, 0], matched[:, 2])
+    assert 0 == matched.min() < matched.max() <= 1
     assert gatys.match_luminance(torch.full_like(style, 0.5), content).isfinite().all()
 
 
@@ -497,7 +478,7 @@ def test_preserved_colors_are_the_photos(pictures, monkeypatch):
 
 def test_masks_share_out_the_picture_among_the_styles(pictures, regions):
     """The last style gets the rest, the protected part none, and a style counts as much as it covers."""
-    left = (torch.arange(56) < 28).float().expand(1, 1, 40, 56)
+    left = 0.2 + 0.6 * (torch.arange(56) < 28).expand(1, 1, 40, 56)
     top = (torch.arange(40) < 20).float()[:, None].expand(1, 1, 40, 56)
     styles = [pictures[1], 1 - pictures[1]]
     options = {"style_masks": [left], "protect": top, "init": "content", "scales": 1, "lbfgs_iters": 1}
@@ -509,6 +490,16 @@ def test_masks_share_out_the_picture_among_the_styles(pictures, regions):
     for one, other in zip(found, swapped[::-1], strict=True):
         torch.testing.assert_close(one.T, other.T)
         torch.testing.assert_close(one.A, other.A)
+    overlapping = regions(pictures[0], [*styles, styles[0]], style_masks=[left, left])
+    torch.testing.assert_close(overlapping[2].T, (1 - 2 * overlapping[0].T).clamp_min(0))
+
+
+def test_a_mask_is_scaled_smoothly_and_goes_on_into_the_margin():
+    mask = torch.rand(1, 1, 32, 48)
+    small = gatys.on(mask, torch.zeros(1, 3, 8, 12), margin=0)
+    assert (small - torch.nn.functional.avg_pool2d(mask, 4)).abs().mean() < 0.1
+    wide = gatys.on(mask, torch.zeros(1, 3, 24, 28))
+    assert torch.equal(wide, torch.nn.functional.pad(small, [8] * 4, mode="replicate"))
 
 
 def test_a_painting_mask_leaves_the_rest_of_the_painting_out(pictures, regions):
@@ -545,14 +536,6 @@ def test_the_protected_part_keeps_the_photo(pictures):
     assert losses["total"] == pytest.approx(total, rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_picture(pictures):
-    first, _ = record(pictures[0], pictures[1:], init="noise", seed=5)
-    second, _ = record(pictures[0], pictures[1:], init="noise", seed=5)
-    other, _ = record(pictures[0], pictures[1:], init="noise", seed=6)
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
-
-
 def test_bfloat16_gives_nearly_the_same_picture(pictures):
     exact, _ = record(pictures[0], pictures[1:])
     half, _ = record(pictures[0], pictures[1:], precision="bfloat16")
@@ -583,14 +566,22 @@ def test_arguments_that_make_no_sense(pictures, arguments, message):
         stylize(**(SMALL | {"vgg": "vgg16", "content": pictures[0], "styles": pictures[1:]} | arguments))
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="known on Linux only")
-def test_more_pixels_than_memory_holds(pictures):
-    gatys.check_memory(pictures[0], pictures[1:], torch.float32)
-    huge = torch.zeros(1, 3, 1, 1).expand(1, 3, 200_000, 100_000)
-    with pytest.raises(InputError, match=r"memory.*--image-size \d+ "):
-        gatys.check_memory(huge, [], torch.bfloat16)
-    with pytest.raises(InputError, match="memory"):
-        gatys.check_memory(pictures[0], [huge], torch.bfloat16)
+def test_more_pixels_than_memory_holds(pictures, tmp_path, monkeypatch):
+    """The machine's memory, and that of a container on it, which may be less."""
+    content, precision = torch.zeros(1, 3, 1, 1).expand(1, 3, 1000, 2000), torch.float32
+    monkeypatch.setattr(gatys, "Path", lambda name: tmp_path / Path(name).name)
+    gatys.check_memory(content, [], precision)  # not Linux: unknown
+    (tmp_path / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable: 8000000 kB\n")
+    gatys.check_memory(content, [content], precision)
+    larger = torch.zeros(1, 3, 1, 1).expand(1, 3, 4000, 4000)
+    for arguments in ((larger, []), (content, [larger, larger])):
+        with pytest.raises(InputError, match=r"memory for .000 px: about --image-size \d+ "):
+            gatys.check_memory(*arguments, precision)
+    (tmp_path / "memory.max").write_text("max\n")
+    gatys.check_memory(content, [], precision)
+    (tmp_path / "memory.max").write_text("4000000000\n")
+    with pytest.raises(InputError, match="2000 px: about --image-size 1511 "):
+        gatys.check_memory(content, [], precision)
 
 
 def test_tensors_of_other_kinds(pictures):

@@ -290,7 +290,7 @@ def test_defaults_are_the_papers_or_the_readmes():
 def test_a_training_of_the_papers_network_interrupted_and_resumed(folder, tmp_path, monkeypatch):
     crops, objectives = spy(monkeypatch, johnson, "Crops"), spy(monkeypatch, johnson, "Objective")
     vggs, step, steps = spy(monkeypatch, johnson, "VGG"), johnson.step, []
-    arguments = ["--data", folder, *PAPER, "--lr", "2e-3", "--seed", 7, "--iterations", 4]
+    arguments = ["--data", folder, *PAPER, "--vgg", "vgg19", "--lr", "2e-3", "--seed", 7, "--iterations", 4]
     train(*arguments, "-o", tmp_path / "whole.pth")
     resumable = [*arguments, "-o", tmp_path / "parts.pth", "--resume", "--checkpoint-every", 1]
 
@@ -313,8 +313,7 @@ def test_a_training_of_the_papers_network_interrupted_and_resumed(folder, tmp_pa
     assert dict(crops[0]) == {
         "domains": [common.find_images(folder)], "load_size": 16, "crop_size": 16, "seed": 7, "flip": False
     }  # fmt: skip
-    assert vggs[0]["arch"] == "vgg16"
-    assert (vggs[0]["weights"], vggs[0]["pooling"]) == ("random", "max")
+    assert [vggs[0][name] for name in ("arch", "weights", "pooling")] == ["vgg19", "random", "max"]
     assert torch.equal(objectives[0].pop("y_s"), common.load_image(STYLE, 32))
     weights = {"lambda_c": 1.0, "lambda_s": 5.0, "lambda_tv": 4.0, "precision": torch.float32}
     del objectives[0]["vgg"]
@@ -543,20 +542,14 @@ TRAIN = ["train", "--style", STYLE, "--data", FOLDER, *TINY.split()]
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ([], "command"),
         (["stylize"], "input"),
-        (["stylize", "missing.jpg"], "missing.jpg"),
         (["stylize", STYLE, "--strength", "2"], "--strength"),
         (["stylize", STYLE, "--model", "missing.pth"], "missing.pth"),
         (["stylize", STYLE, "-o", STYLE], "an input"),
         (["train", "--data", "."], "--style"),
-        ([*TRAIN, "--data", "missing"], "missing"),
         ([*TRAIN, "--data", ".", "-o", "../a.pth"], "no images"),
         ([*TRAIN, "--content-layer", "relu9_1"], "relu9_1"),
-        ([*TRAIN, "--style", "missing.jpg"], "missing.jpg"),
-        ([*TRAIN, "--resume", "missing.pth"], "missing.pth"),
         ([*TRAIN, "-o", "model.jpg"], ".pth"),
-        ([*TRAIN, "--style-weight", "nan"], "--style-weight"),
         ([*TRAIN, "--norm", "batch"], "--norm instance, or one process"),
     ],
 )
