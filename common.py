@@ -378,11 +378,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a failure into one line `error: …` on stderr and exit status 2, and Ctrl-C into exit status 130."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the shell
-            setattr(sys, name, io.StringIO())
-        elif hasattr(stream, "reconfigure"):  # not in a notebook
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
     try:
         yield
@@ -495,8 +492,8 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Col
             real.parent.mkdir(parents=True, exist_ok=True)
             _temporary(real).touch()
             _temporary(real).unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
-            raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -445,8 +445,7 @@ def test_no_output_is_an_input(tmp_path):
     for output, other in cases:
         with pytest.raises(InputError, match=r"an input: choose another --output|it is a folder"):
             common.check_outputs([tmp_path / "fine.png", output], [tmp_path / "other.png", other])
-    (tmp_path / "loop.png").symlink_to("loop.png")
-    for output in (folder, photo / "b.png", tmp_path / ("n" * 300 + ".png"), tmp_path / "loop.png"):
+    for output in (folder, photo / "b.png", tmp_path / ("n" * 300 + ".png")):
         with pytest.raises(InputError, match="cannot write"):
             common.check_outputs([output], [])
     with pytest.raises(InputError, match="suffix"):
