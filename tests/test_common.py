@@ -815,7 +815,7 @@ def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(data, tmp_path, process
     while b"loss" not in shown:  # in the progress bar
         shown += process.stderr.read(1)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert err.count(b"interrupted") == 1
     if processes == 1:
         assert process.returncode == 130
@@ -825,7 +825,7 @@ def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(data, tmp_path, process
     for folder in ("a", "b"):
         again = [data, tmp_path / folder, *arguments[2:], "--steps", reached + 2, "--resume"]
         process = start(*again, processes=processes)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     assert equal(results(tmp_path / "a"), results(tmp_path / "b"))
     if processes == 2:
