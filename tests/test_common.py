@@ -784,7 +784,8 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(data, tmp_path,
     state, table, sample = results(tmp_path / "whole")
     assert [row.split(",")[0] for row in table.splitlines()] == ["step", "1", "10", "20"]
     assert table.splitlines()[0] == "step,lr,loss"
-    items = Crops([sorted(data.iterdir())], 10, 8, 0, flip=True)
+    files = sorted(data.iterdir())
+    items = Crops([files, files[:3]], 10, 8, 0, flip=True)
     seen = {"n": 46, "sum": sum(items[i][0].sum() for i in range(46))}  # batches of two, one after another
     assert floats(state["counters"][0][0]) == pytest.approx(floats(seen), 1e-5)
     assert (state["step"], sample, state["made by"]) == (23, "23", "a toy")

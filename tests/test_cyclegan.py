@@ -486,7 +486,7 @@ def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
 
 def test_a_colour_swap_is_learned():
     """Red discs become blue and the other way round, although no picture of X has its counterpart in Y."""
-    t = gan(width=16)
+    t = gan(width=8)
     X, Y = (torch.from_numpy(shapes(c, 64, s, 32)).permute(0, 3, 1, 2).float() / 255 for c, s in ((RED, 1), (BLUE, 2)))
     test = torch.from_numpy(shapes(RED, 8, 3, 32)).permute(0, 3, 1, 2).float() / 255
     true_swap = test.flip(1)  # red ↔ blue; grey stays
@@ -496,9 +496,9 @@ def test_a_colour_swap_is_learned():
             return (t.G(test) - true_swap).abs().mean().item()
 
     untrained, generator = error(), torch.Generator().manual_seed(0)
-    for i in range(400):
+    for i in range(200):
         x, y = (data[torch.randint(64, (1,), generator=generator)] for data in (X, Y))
-        t.set_lr(5e-4 * min(1, 2 - i / 200))
+        t.set_lr(2e-3 * min(1, 2 - i / 100))
         t.step(x, y)
     unchanged = (test - true_swap).abs().mean().item()
     assert error() < 0.45 * untrained
