@@ -174,11 +174,25 @@ def test_another_thread_than_the_main_one_can_do_it():
     assert files() == ["content_style.png"]
 
 
+def test_several_styles():
+    gatys_main(CONTENT, STYLE, ROOT / "examples" / "portrait.jpg", "--style-blend", "3", "1")
+    assert files() == ["content_style_portrait.png"]
+
+
+@pytest.mark.parametrize("size", [(37, 53), (160, 40)])
+def test_odd_sizes(size):
+    Image.new("RGB", size, "teal").save("odd.png")
+    gatys_main("odd.png", STYLE, "--image-size", max(size), "--content-layers", "relu4_2")
+    with Image.open("odd_style.png") as picture:
+        assert picture.size == size
+
+
 # --- Mistakes ---
 
 
 MISTAKES = [
     (["missing.jpg", STYLE], "missing.jpg"),
+    (["truncated.jpg", STYLE], "truncated.jpg"),
     ([CONTENT], "style image"),
     ([], "content"),
     ([CONTENT, STYLE, "-o", "folder.png"], "folder.png"),
@@ -190,8 +204,8 @@ MISTAKES = [
     ([CONTENT, STYLE, "--image-size", "0"], "--image-size"),
     ([CONTENT, STYLE, "--image-size", "12"], "too small"),
     ([CONTENT, STYLE, "--style-weight", "nan"], "--style-weight"),
-    ([CONTENT, STYLE, "--style-masks", "style.png", "style.png", "style.png"], "--style-masks needs 1 masks"),
-    ([CONTENT, STYLE, "--painting-masks", "style.png", "style.png"], "--painting-masks needs 1 masks"),
+    ([CONTENT, STYLE, "--lr", "-1"], "--lr"),
+    ([CONTENT, STYLE, "--style-blend", "1", "2"], "--style-blend"),
     ([CONTENT, STYLE, "--vgg-weights", "text.jpg"], "text.jpg"),
     ([CONTENT, STYLE, "--device", "gpu"], "gpu"),
     ([CONTENT, STYLE, "--style-scale", "1e9"], "--style-scale"),
@@ -207,6 +221,7 @@ def test_a_mistake_is_told_in_one_line(arguments, word, capsys):
     Path("e_frames/0001.png").symlink_to(CONTENT)  # a link in it would be removed with the old frames
     Image.new("RGB", (48, 48), "teal").save("c.gif")
     Path("text.jpg").write_text("not a picture")
+    Path("truncated.jpg").write_bytes(CONTENT.read_bytes()[:5000])
     Image.new("RGB", (48, 48), "teal").save("style.png")
     with pytest.raises(SystemExit) as exit_:
         gatys_main(*arguments)
