@@ -164,20 +164,39 @@ def test_lbfgs_moves_once_an_evaluation(n):
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
 
 
-def test_lbfgs_remembers_20_moves_and_starts_with_the_same_one_a_pixel_at_every_size(monkeypatch):
-    """torch's L-BFGS bounds the sum of all changes of its first move."""
+def test_lbfgs_remembers_20_moves_and_takes_its_learning_rate(monkeypatch):
     made, create = [], torch.optim.LBFGS.__init__
     monkeypatch.setattr(torch.optim.LBFGS, "__init__", lambda self, *a, **k: made.append(k) or create(self, *a, **k))
-    for size, lr, move in ((8, None, 0.01), (64, None, 0.01), (8, 0.5, 0.005)):
-        ((x, _),) = frames(lambda x: (x - 1).square().mean(), 1, 2, "lbfgs", lr, size=size)
-        torch.testing.assert_close(x, torch.full_like(x, move), rtol=1e-3, atol=0)
-        assert made.pop()["history_size"] == 20
+    (one, _), (half, _) = (frames(lambda x: (x - 1).square().mean(), 1, 2, "lbfgs", lr)[0] for lr in (None, 0.5))
+    torch.testing.assert_close(half, 0.5 * one)
+    assert made[0]["history_size"] == 20
 
 
 def test_adam_moves_by_its_learning_rate():
     for lr, move in ((None, 0.02), (0.1, 0.1)):
         _, (x, _) = frames(lambda x: x.mean(), 2, 1, "adam", lr, start=0.5)
         torch.testing.assert_close(x, torch.full_like(x, 0.5 - move), rtol=1e-3, atol=0)
+
+
+def test_lbfgs_starts_with_the_same_move_a_pixel_at_every_size():
+    """torch's L-BFGS bounds the sum of all changes of its first move."""
+
+    def move(size):
+        steps = optimize(torch.zeros(1, 3, size, size), lambda x: {"total": (x - 1).square().mean()}, 1, 2)
+        return next(steps)[0].mean().item()
+
+    assert move(8) == pytest.approx(1 / 100, rel=1e-3)
+    assert move(64) == pytest.approx(1 / 100, rel=1e-3)
+
+
+def test_optimize_yields_a_picture_with_its_own_losses():
+    for x, losses in optimize(torch.zeros(1, 3, 4, 4), lambda x: {"total": (x - 1).square().mean()}, 3, 2):
+        assert losses["total"] == pytest.approx((x - 1).square().mean().item(), rel=1e-5)
+
+
+def test_optimize_does_not_clamp():
+    steps = optimize(torch.zeros(1, 3, 4, 4), lambda x: {"total": (x + 1).square().mean()}, 5, 10)
+    assert list(steps)[-1][0].max() < -0.9
 
 
 def test_a_loss_that_becomes_infinite_stops_it():
@@ -249,7 +268,16 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
     assert noise[1]["content"] > 0.01
 
 
-@pytest.mark.parametrize("size", [(37, 53), (64, 16)])
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_the_loss_falls(pictures, optimizer):
+    result, frames = record(pictures[0], pictures[1:], optimizer=optimizer, num_steps=4, init="content")
+    losses = [losses["total"] for _, losses in frames]
+    assert losses[-1] < 0.7 * losses[0]
+    assert result.shape == pictures[0].shape
+    assert 0 <= result.min() < result.max() <= 1
+
+
+@pytest.mark.parametrize("size", [(37, 53), (16, 64), (64, 16), (33, 132)])
 def test_every_size_comes_out_as_it_went_in(pictures, size):
     content = torch.nn.functional.interpolate(pictures[0], size)
     result, _ = record(content, [torch.rand(1, 3, 51, 17)], content_layers=["relu4_2"], scales=1)
