@@ -425,6 +425,8 @@ def test_a_link_stays_one_and_what_a_killed_write_left_is_cleared_up(tmp_path):
     assert link.is_symlink()
     assert load_image(target).min() == 1
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["a.png"]
+    common.write_file(bytes(10**6), link)
+    assert target.read_bytes() == bytes(10**6)
 
 
 def test_threads_can_save_at_once(tmp_path):
