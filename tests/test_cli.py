@@ -3,9 +3,6 @@
 import csv
 import functools
 import inspect
-import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -289,40 +286,3 @@ def test_out_of_memory_names_a_size(monkeypatch, capsys):
         gatys_main(CONTENT, STYLE)
     assert exit_.value.code == 2
     assert "error: out of memory at 48 px: about --image-size 33" in capsys.readouterr().err
-
-
-# --- README ---
-
-
-def readme_commands(script):
-    """The arguments of all its `python SCRIPT …` lines, but for those with a shell variable."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.strip().startswith(f"python {script} ")]
-    return [shlex.split(line, comments=True)[2:] for line in lines if "$" not in line]
-
-
-def test_the_readmes_gatys_commands_work(monkeypatch):
-    commands = readme_commands("gatys.py")
-    assert len(commands) >= 6
-    shutil.copytree(ROOT / "examples", "examples")
-    for arguments in commands:
-        gatys.main([*arguments, *TINY])
-
-
-def test_the_readmes_pictures_are_there():
-    pictures = re.findall(r"\]\((examples/[^)]+)\)", (ROOT / "README.md").read_text())
-    assert len(pictures) > 3
-    for picture in pictures:
-        assert (ROOT / picture).exists()
-
-
-def test_the_readme_documents_every_flag_and_its_default():
-    readme = (ROOT / "README.md").read_text()
-    flags = re.findall(r'add\(\s*(?:"-o", )?"(--[a-z0-9-]+)"', (ROOT / "gatys.py").read_text())
-    assert len(flags) > 20
-    assert all(f"`{flag}`" in readme or flag == "--output" for flag in flags)
-    args = gatys.parse_args(["content.jpg"])
-    row = next(line for line in readme.splitlines() if line.startswith("| `--content-weight`"))
-    assert f"| {args.alpha:g}, {args.beta:g} |" in row
-    row = next(line for line in readme.splitlines() if line.startswith("| `--num-steps`"))
-    assert f"| {args.num_steps}, {args.lbfgs_iters} |" in row

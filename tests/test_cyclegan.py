@@ -3,7 +3,6 @@
 import http.server
 import io
 import math
-import re
 import shutil
 import socket
 import threading
@@ -15,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
-from test_cli import readme_commands
 from test_common import equal
 from torch import nn
 
@@ -621,39 +619,6 @@ def test_no_model_is_one_clear_line(folders, tmp_path, capsys):
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
         assert str(file) in lines[0]
-
-
-def test_the_readmes_commands_work(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "examples", "examples")
-    for part, folder in (("trainA", "photos"), ("trainB", "paintings")):
-        shutil.copytree(f"examples/{folder}", f"data/horse2zebra/{part}")
-    commands = readme_commands("cyclegan.py")
-    assert len(commands) == 5
-    for n, arguments in enumerate(commands):
-        tiny = [*TINY.split(), "--max-steps", str(n + 1)] if arguments[0] == "train" else ["--image-size", "24"]
-        cyclegan.main([*arguments, *tiny])
-    assert Path("content_x2y.jpg").exists()
-    assert Path("style_y2x.jpg").exists()
-    assert common.load_checkpoint(Path("run_zebra/checkpoint.pth"))["settings"]["lambda_identity"] == 0
-
-
-def test_the_readme_documents_every_flag_and_its_default():
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Unpaired translation") : readme.index("## Speed")]
-    script, shared = ((ROOT / name).read_text() for name in ("cyclegan.py", "common.py"))
-    text = script[script.index('"learn from two sets') : script.index('"translate pictures"')]
-    text += shared[shared.index("def add_training_arguments") : shared.index("def one_line_errors")]
-    flags = re.findall(r'"(--[a-z0-9-]+)"', text)
-    assert len(flags) > 15
-    assert all(f"`{flag}`" in section or flag == "--output" for flag in flags)
-    args = vars(cyclegan.parse_args(["train", "x", "y"]))
-    for line in section.splitlines():
-        if line.startswith("| `--") and line.split("|")[3].strip():
-            flags = re.findall(r"--([a-z0-9-]+)", line.split("|")[1])
-            for flag, value in zip(flags, line.split("|")[3].split(","), strict=False):  # --resume has none
-                default = args[flag.replace("-", "_")]
-                assert value.strip() == str(default) or " " in value.strip() or float(value) == default, flag
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

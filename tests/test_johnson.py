@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
-from test_cli import readme_commands
 from torch import nn
 
 import common
@@ -520,20 +519,6 @@ def test_one_picture(folder, model, tmp_path, monkeypatch):
     with Image.open("new/b.jpg") as picture:
         assert picture.size == (30, 20)
     assert (options[0]["precision"], options[0]["preserve_color"]) == ("bfloat16", "luminance")
-
-
-def test_the_readmes_commands_work(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(FOLDER, "examples")
-    shutil.copytree(folder, "holiday")
-    commands = readme_commands("johnson.py")
-    assert len(commands) == 6
-    for arguments in commands:
-        tiny = [*TINY.split(), "--iterations", "1"] if arguments[0] == "train" else ["--image-size", "24"]
-        johnson.main([*arguments, *tiny])
-    assert Path("examples/content_auvers.jpg").exists()
-    assert Path("portrait_style.jpg").exists()
-    assert len(list(Path("painted").rglob("*.png"))) == 5
 
 
 TRAIN = ["train", "--style", STYLE, "--data", FOLDER, *TINY.split()]
