@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,7 +142,7 @@ def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
     for layer, new in zip(vgg.features, rescaled.features, strict=True):
         activations = [layer(a) for a in activations]
         if isinstance(layer, nn.Conv2d):
-            mean = torch.stack([a.relu().mean() for a in activations]).mean()
+            mean = torch.stack([a.relu().mean() for a in activations]).mean()  # its ReLU is the next layer
             new.weight *= previous / mean
             new.bias /= mean
             previous = mean
@@ -160,7 +161,7 @@ def gram_matrix(features: Tensor) -> Tensor:
 
 
 class _Gram(torch.autograd.Function):
-    """Fᵀ F of (B, M, C), with one product in its gradient, in the order of F, where autograd takes two products."""
+    """Fᵀ F of (B, M, C). Its gradient is one product, laid out in memory as F is, where autograd takes two products."""
 
     @staticmethod
     def forward(f: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ def luminance(image: Tensor) -> Tensor:
 def keep_color(image: Tensor, photo: Tensor) -> Tensor:
     """The luminance of `image` with the colours, I and Q, of `photo`, (B, 3, H, W) in [0, 1] each.
 
-    Gatys et al. 2017, §4.2. What leaves the range of RGB is clamped.
+    Gatys et al. 2017, §5.1. What leaves the range of RGB is clamped.
     """
     yiq = torch.einsum("dc,bchw->bdhw", YIQ.to(photo), photo)
     yiq = torch.cat([luminance(image), yiq[:, 1:]], dim=1)
@@ -310,7 +311,7 @@ def pick_precision(name: str, device: torch.device, exact: bool = False) -> torc
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     else:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+        native = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if native else torch.float32
 
 
@@ -331,11 +332,16 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".p
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that shows defaults in its help, and leaves the reporting of errors to `one_line_errors`."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=partial(argparse.HelpFormatter, max_help_position=40), **options)
+
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         default = options.get("default")
-        if default not in (None, False, argparse.SUPPRESS):
-            text = " ".join(default) if isinstance(default, tuple) else default
+        if default not in (None, "", argparse.SUPPRESS, ()) and default is not False:
+            text = " ".join(default) if isinstance(default, tuple | list) else default
             options["help"] += f" (default: {text})"
+        if options.get("type") and names[-1].startswith("--"):
+            options.setdefault("metavar", "PATH" if options["type"] is Path else "N")
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:

@@ -348,6 +348,7 @@ def translate(network: Generator, image: Tensor, precision: str = "auto") -> Ten
     height, width = image.shape[-2:]
     if min(height, width) < 5:
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
+    # Multiples of 4; and 8 at least, as the residual blocks need 2 px at a quarter of the size.
     right, below = (max(8, -(-side // 4) * 4) - side for side in (width, height))
     with autocast(image.device, pick_precision(precision, image.device, exact=network.published)):
         return network(nnf.pad(image, (0, right, 0, below), mode="reflect"))[..., :height, :width]
@@ -505,7 +506,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    sub = commands.add_parser("train", help="learn from two sets of pictures", description="Train G, F, D_X and D_Y.")
+    usage = "%(prog)s DIR [DIR] -o FOLDER [flags]"
+    sub = commands.add_parser("train", help="learn from two sets of pictures", usage=usage)
     sub.set_defaults(run=train)
     add = sub.add_argument
     add(
@@ -538,7 +540,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_training_arguments(sub)
     add_device_arguments(sub)
 
-    sub = commands.add_parser("translate", help="translate pictures", description="Translate pictures.")
+    sub = commands.add_parser("translate", help="translate pictures", usage="%(prog)s input [input ...] [flags]")
     sub.set_defaults(run=translate_files)
     add = sub.add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")

@@ -429,7 +429,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    sub = commands.add_parser("stylize", help="stylise pictures", description="Stylise pictures in one pass each.")
+    sub = commands.add_parser("stylize", help="stylise pictures", usage="%(prog)s input [input ...] [flags]")
     sub.set_defaults(run=stylize_files)
     add = sub.add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
@@ -445,7 +445,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--preserve-color", choices=["luminance"], help="keep the photo's colours (default: the painting's)")
     add_device_arguments(sub)
 
-    sub = commands.add_parser("train", help="make a model of a style", description="Train a network for a style.")
+    usage = "%(prog)s --style PAINTING --data FOLDER -o MODEL.pth [flags]"
+    sub = commands.add_parser("train", help="make a model of a style", usage=usage)
     sub.set_defaults(run=train)
     add = sub.add_argument
     add("--style", type=Path, required=True, help="painting")
