@@ -325,7 +325,9 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         settings=settings,
         inputs={"X": fingerprints(X[0].parent, X), "Y": fingerprints(Y[0].parent, Y)},
         record=record,
-        written=lambda step: save_samples(gan, x_test, y_test, -(-step // epoch_steps), args, record, run.history),
+        written=lambda step: save_samples(
+            gan, x_test, y_test, -(-step // epoch_steps), args, record | {"step": step}, run.history
+        ),
         epoch=epoch_steps,
     )  # fmt: skip
     for x, y in run.batches(Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):

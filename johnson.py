@@ -6,7 +6,7 @@ Gatys et al. change the pixels of one picture until a fixed loss network likes i
 transformation network f_W, learns to do that in one pass: it is trained on many photos x to make ŷ = f_W(x), so that
 the same kind of loss, of ŷ against the photo and the painting, becomes small.
 
-    python johnson.py stylize photo.jpg
+    python johnson.py stylize photo.jpg --model wave
     python johnson.py train --style style.jpg --data photos/ -o style.pth
     python johnson.py stylize photo.jpg --model style.pth
 
@@ -345,7 +345,7 @@ def reflect(x: Tensor, margin: int) -> Tensor:
 # ===========================================================================================================
 
 MODELS = Path(__file__).parent / "models"
-STYLES = ("auvers",)  # models that come with this, trained as the README says
+STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this, trained as the README says
 STRIP = 2**19  # pixels of a feature map that are convolved at a time, outside training
 
 # What a resumed training has to have in common with the one that it continues.
