@@ -208,7 +208,8 @@ def paint(
     """
     blend = check_arguments(content, styles, alpha, beta, style_blend, optimizer, init, preserve_color)
     check_masks(styles, style_masks, painting_masks)
-    content_layers, style_layers = content_layers if alpha else (), style_layers if beta else ()
+    content_layers = content_layers if alpha else ()
+    style_layers, style_masks, painting_masks = (style_layers, style_masks, painting_masks) if beta else ((), (), ())
     protected_layers = () if protect is None else PROTECTED_LAYERS
     phi = VGG([*content_layers, *style_layers, *protected_layers], vgg, vgg_weights, pooling).to(content.device)
     dtype = pick_precision(precision, content.device)
@@ -521,6 +522,8 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     extras += [mask] * args.save_mask
     pictures = [args.content, *args.styles, *args.style_masks, *args.painting_masks]
     pictures += [Path(args.protect)] if args.protect not in (None, "faces") else []
+    if args.save_mask and not args.protect:
+        raise InputError("--save-mask writes what --protect keeps: name a mask, or faces")
     check_outputs([args.output, *extras], pictures, FORMATS)
     device = pick_device(args.device)
     style_size = max(1, round(args.image_size * args.style_scale))

@@ -176,6 +176,18 @@ def test_several_styles():
     assert files() == ["content_style_portrait.png"]
 
 
+def test_what_is_protected_can_be_saved():
+    """As a picture of the result's size, from a mask of any; also without a style weight."""
+    mask = Image.new("L", (30, 10))
+    mask.paste(255, (0, 0, 15, 10))
+    mask.save("mask.png")
+    gatys_main(CONTENT, STYLE, "--protect", "mask.png", "--save-mask", "-o", "a.png")
+    with Image.open("a_mask.png") as saved:
+        assert saved.size == (48, 32)
+        assert (saved.getpixel((5, 16)), saved.getpixel((43, 16))) == ((255,) * 3, (0,) * 3)
+    gatys_main(CONTENT, STYLE, "--style-weight", "0", "--style-masks", "mask.png", "--protect", "mask.png")
+
+
 @pytest.mark.parametrize("size", [(37, 53), (160, 40)])
 def test_odd_sizes(size):
     Image.new("RGB", size, "teal").save("odd.png")
@@ -203,6 +215,12 @@ MISTAKES = [
     ([CONTENT, STYLE, "--style-weight", "nan"], "--style-weight"),
     ([CONTENT, STYLE, "--lr", "-1"], "--lr"),
     ([CONTENT, STYLE, "--style-blend", "1", "2"], "--style-blend"),
+    ([CONTENT, STYLE, "--style-masks", STYLE, STYLE], "--style-masks"),
+    ([CONTENT, STYLE, "--painting-masks", STYLE, STYLE], "--painting-masks"),
+    ([CONTENT, STYLE, "--protect", "missing.png"], "missing.png"),
+    ([CONTENT, STYLE, "--protect", "style.png", "-o", "style.png"], "input"),
+    ([CONTENT, STYLE, "--protect", "f_mask.png", "--save-mask", "-o", "f.png"], "input"),
+    ([CONTENT, STYLE, "--save-mask"], "--protect"),
     ([CONTENT, STYLE, "--vgg-weights", "text.jpg"], "text.jpg"),
     ([CONTENT, STYLE, "--device", "gpu"], "gpu"),
     ([CONTENT, STYLE, "--style-scale", "1e9"], "--style-scale"),
@@ -219,7 +237,8 @@ def test_a_mistake_is_told_in_one_line(arguments, word, capsys):
     Image.new("RGB", (48, 48), "teal").save("c.gif")
     Path("text.jpg").write_text("not a picture")
     Path("truncated.jpg").write_bytes(CONTENT.read_bytes()[:5000])
-    Image.new("RGB", (48, 48), "teal").save("style.png")
+    for name in ("style.png", "f_mask.png"):
+        Image.new("RGB", (48, 48), "teal").save(name)
     with pytest.raises(SystemExit) as exit_:
         gatys_main(*arguments)
     assert exit_.value.code == 2

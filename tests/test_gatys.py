@@ -95,6 +95,26 @@ def test_guided_gram_is_eq_4_of_gatys_2017():
     assert not gatys.guide(f, torch.zeros(1, 1, 9, 9)).any()
 
 
+def test_regions_that_share_out_the_picture_add_up_to_it():
+    """As Σ T_r² = 1 in each, the Gram matrices of complementary regions, weighted by their shares, add up."""
+    f, _ = feature_maps(7)
+    left = (torch.arange(W) < 2).double().expand(1, 1, H, W)
+    parts = [T.square().mean() * gram_matrix(gatys.guide(f, T)) for T in (left, 1 - left)]
+    torch.testing.assert_close(sum(parts), gram_matrix(f), rtol=1e-5, atol=1e-9)
+
+
+def test_a_regions_style_moves_no_pixel_that_it_cannot_see():
+    """The gradient of a guided Gram matrix ends where no entry under the mask sees a pixel: here 5 px further."""
+    phi = VGG(["relu2_1"], "vgg16", "random")
+    x = torch.rand(1, 3, 32, 48).requires_grad_()
+    T = (torch.arange(48) < 16).float().expand(1, 1, 32, 48)
+    g = gram_matrix(gatys.guide(phi(x)["relu2_1"], T))
+    style_loss(g, torch.zeros_like(g)).backward()
+    moved = x.grad.abs().amax((0, 1, 2)) > 0
+    assert moved[:16].all()
+    assert not moved[16 + 5 :].any()
+
+
 def test_protection_loss_is_eq_1_within_the_mask_over_all_layers():
     pairs = [feature_maps(5), feature_maps(6)]
     T = torch.rand(1, 1, H, W, dtype=torch.float64)
@@ -531,6 +551,25 @@ def test_the_protected_part_keeps_the_photo(pictures):
     assert losses["protected"] > 0
     total = losses["content"] + 30 * losses["style"] + 30 * losses["protected"]
     assert losses["total"] == pytest.approx(total, rel=1e-4)
+
+
+def test_masks_of_all_kinds(pictures):
+    """Black protects nothing, white everything; a single pixel, soft edges, and other sizes are masks as well."""
+    options = {"beta": 30.0, "scales": 1}
+    plain, _ = record(pictures[0], pictures[1:], **options)
+    none, _ = record(pictures[0], pictures[1:], **options, protect=torch.zeros(1, 1, 3, 90))
+    everything, _ = record(pictures[0], pictures[1:], **options, protect=torch.ones(1, 1, 1, 1))
+    torch.testing.assert_close(everything, pictures[0], rtol=0, atol=0.01)
+    assert (none - plain).abs().mean() < 0.05 * (plain - pictures[0]).abs().mean()
+    pixel = torch.zeros(1, 1, 40, 56)
+    pixel[..., 20, 28] = 1
+    soft = torch.linspace(0, 1, 200).expand(1, 1, 7, 200)
+    for mask in (pixel, soft, 1 - pixel):
+        for where in ({"protect": mask}, {"style_masks": [mask, 1 - mask]}, {"style_masks": [mask], "beta": 0.0}):
+            styles = [pictures[1], 1 - pictures[1]]
+            result, frames = record(pictures[0], styles, **(SMALL | where | {"painting_masks": [mask] * 2}))
+            assert result.isfinite().all()
+            assert math.isfinite(frames[-1][1]["total"])
 
 
 def test_the_same_seed_gives_the_same_picture(pictures):
