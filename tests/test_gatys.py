@@ -209,6 +209,15 @@ def test_lbfgs_starts_with_the_same_move_a_pixel_at_every_size():
     assert move(64) == pytest.approx(1 / 100, rel=1e-3)
 
 
+def test_the_first_move_has_a_ninth_of_the_finest_stripes():
+    """Half a cycle a pixel counts 1/(1 + 4 · ½) in the unknown, and so does it in the gradient."""
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 3, 6, 8)
+    _, (x, _) = optimize(torch.zeros_like(stripes), lambda x: {"total": (x - 1 - stripes).square().mean()}, 2, 1)
+    assert (x * stripes).mean() / x.mean() == pytest.approx(1 / 9, rel=1e-3)
+    odd = torch.rand(1, 3, 7, 9)
+    assert torch.equal(next(optimize(odd, lambda x: {"total": x.mean()}, 1, 1))[0], odd)
+
+
 def test_optimize_yields_a_picture_with_its_own_losses():
     for x, losses in optimize(torch.zeros(1, 3, 4, 4), lambda x: {"total": (x - 1).square().mean()}, 3, 2):
         assert losses["total"] == pytest.approx((x - 1).square().mean().item(), rel=1e-5)
@@ -292,7 +301,7 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
 def test_the_loss_falls(pictures, optimizer):
     result, frames = record(pictures[0], pictures[1:], optimizer=optimizer, num_steps=4, init="content")
     losses = [losses["total"] for _, losses in frames]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert result.shape == pictures[0].shape
     assert 0 <= result.min() < result.max() <= 1
 
