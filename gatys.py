@@ -98,12 +98,20 @@ def total_variation(x: Tensor) -> Tensor:
 
 
 def guide(f: Tensor, T: Tensor | None) -> Tensor:
-    """The feature maps F_r that a region r has of f (1, N, h, w); T (1, 1, H, W) is its mask, None for everywhere."""
+    """The feature maps F_r of a region r, out of f (1, N, h, w); T (1, 1, H, W) is its mask, None for everywhere."""
     if T is None:
         return f
-    T = nnf.adaptive_avg_pool2d(T, f.shape[-2:])
+    f, T = under(T, f)
     # Gatys et al. 2017, Eq. 4:  F_r = T_r ∘ F  with Σ_i T_r,i² = 1   (here M, as gram_matrix() divides by N·M)
-    return f * (T * (T.numel() / T.square().sum().clamp_min(1e-6)).sqrt())
+    F_r = f * (T * (T.numel() / T.square().sum().clamp_min(1e-6)).sqrt()).to(f.dtype)
+    return F_r.mT.unsqueeze(-1)  # (1, N, M, 1)
+
+
+def under(T: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """What a mask T (1, 1, H, W) shows of f (1, N, h, w), as (1, M, N), and T there, (1, M, 1): black takes no time."""
+    t = nnf.adaptive_avg_pool2d(T, f.shape[-2:]).flatten()
+    shown = t.nonzero().flatten() if t.any() else t.new_zeros(1, dtype=torch.long)
+    return f.flatten(2).mT.index_select(1, shown), t[shown].view(1, -1, 1)
 
 
 class Region(NamedTuple):
@@ -144,8 +152,8 @@ def protection_loss(F: dict[str, Tensor], P: dict[str, Tensor], T: Tensor) -> Te
     """The content loss inside a mask T (1, 1, H, W), at fine and coarse layers: those of P."""
     losses = []
     for layer in P:
-        t = nnf.adaptive_avg_pool2d(T, P[layer].shape[-2:])
-        losses.append(content_loss(t * F[layer], t * P[layer]))
+        (f, t), (p, _) = under(T, F[layer]), under(T, P[layer])
+        losses.append(0.5 * (t * (f - p)).square().sum() / P[layer].numel())
     return torch.stack(losses).mean()
 
 

@@ -90,7 +90,7 @@ def test_guided_gram_is_eq_4_of_gatys_2017():
     t = torch.tensor([[T[0, 0, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean() for j in range(W)] for i in range(H)])
     wanted = torch.tensor(gram_by_loops(f * t / t.square().sum().sqrt())).double() / N
     torch.testing.assert_close(gram_matrix(gatys.guide(f, T))[0], wanted, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(gatys.guide(f, torch.ones(1, 1, 1, 1)), f)
+    torch.testing.assert_close(gram_matrix(gatys.guide(f, torch.ones(1, 1, 1, 1))), gram_matrix(f))
     assert gatys.guide(f, None) is f
     assert not gatys.guide(f, torch.zeros(1, 1, 9, 9)).any()
 
@@ -550,7 +550,7 @@ def test_the_protected_part_starts_from_the_photo(pictures):
 def test_the_protected_part_keeps_the_photo(pictures):
     photo = torchvision.transforms.functional.gaussian_blur(pictures[0][..., :32], 9)
     top = (torch.arange(40) < 20).float()[:, None].expand(1, 1, 40, 32)
-    options = {"beta": 30.0, "num_steps": 4, "init": "noise", "scales": 2}
+    options = {"beta": 30.0, "num_steps": 8, "init": "noise", "scales": 1}
     plain, _ = record(photo, pictures[1:], **options)
     kept, frames = record(photo, pictures[1:], **options, protect=top)
     change, changed = ((image - photo).abs() for image in (plain, kept))
