@@ -159,7 +159,7 @@ def test_optimize_finds_the_minimum_and_yields_pictures_with_their_own_losses(op
     def objective(x):
         return (curvature * (x - target).square()).mean()
 
-    steps = frames(objective, 10, 20, optimizer, start=0.5)
+    steps = frames(objective, 10, 40, optimizer, start=0.5)
     assert len(steps) == 10
     for x, losses in steps:
         assert losses["total"] == pytest.approx(objective(x).item(), rel=1e-3, abs=1e-8)
