@@ -19,8 +19,8 @@ Where this departs from the paper:
 - The painting keeps its aspect ratio, and its size relative to the photo is a parameter.
 - A margin of 8 px is painted around the picture and cut off in the end: the network pads with zeros, and that shows as
   a frame.
-- High frequencies count less in what the optimisation changes than they do in pixels: flat areas keep less grain after
-  as many iterations.
+- High frequencies count less in what the optimisation changes than they do in pixels, unless it starts from noise: flat
+  areas keep less grain after as many iterations.
 - The optimisation starts from the content photo in the colours of the painting (`--init noise` is the paper's) and goes
   from coarse to fine (`--scales 1` is the paper's), both as in Gatys et al., "Controlling Perceptual Factors in Neural
   Style Transfer", CVPR 2017: large shapes of the style are found at low resolution, in a fraction of the time.
@@ -274,7 +274,8 @@ def paint(
                 losses["total"] = losses["total"] + protect_weight * losses["protected"]
             return losses
 
-        for picture, losses in optimize(x, objective, round(num_steps / factor), lbfgs_iters, optimizer, lr):
+        damping = 0.0 if init == "noise" else 4.0
+        for picture, losses in optimize(x, objective, round(num_steps / factor), lbfgs_iters, optimizer, lr, damping):
             x = picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
             yield keep_color(x, resize(colored, factor)) if preserve_color == "luminance" else x, losses
 
@@ -291,6 +292,16 @@ def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -
     return best[0]
 
 
+Frame = tuple[Tensor, dict[str, float]]
+
+
+def better(frame: Frame, best: Frame | None) -> Frame:
+    """Which of a frame of `paint` and the best one before it to keep: the finer one, or that with the lesser loss."""
+    if best is None or frame[0].shape != best[0].shape or frame[1]["total"] <= best[1]["total"]:
+        return frame
+    return best
+
+
 def optimize(
     x: Tensor,
     objective: Callable[[Tensor], dict[str, Tensor]],
@@ -298,11 +309,13 @@ def optimize(
     lbfgs_iters: int,
     optimizer: str = "lbfgs",
     lr: float | None = None,
+    damping: float = 0.0,
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
     """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls; yield the picture after every step.
 
     A step is `lbfgs_iters` iterations of L-BFGS or Adam, each one evaluation of the objective and its gradient. What
-    is yielded is the picture that was evaluated last, with all values of its objective.
+    is yielded is the picture that was evaluated last, with all values of its objective. The larger `damping` is, the less
+    do high frequencies count in the unknown.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -312,9 +325,10 @@ def optimize(
     unit, gain = x.numel() / 100, None
     # z is a change of the pixels in which high frequencies count less (Mordvintsev et al. 2018). The gradient of pixels
     # is full of them, and few iterations would leave in flat areas what the first ones did: grain, a lattice of dots.
+    # Noise is full of them as well, and needs an undamped change to lose them.
     x_0, z = x, torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
     fy, fx = torch.fft.fftfreq(x.shape[-2], device=x.device), torch.fft.rfftfreq(x.shape[-1], device=x.device)
-    damping = 1 / (1 + 4 * torch.hypot(fy[:, None], fx))  # of frequencies up to ½ a pixel: (H, W/2 + 1)
+    gains = 1 / (1 + damping * torch.hypot(fy[:, None], fx))  # of frequencies up to ½ a pixel: (H, W/2 + 1)
     method: torch.optim.Optimizer
     if optimizer == "lbfgs":
         rate, n = 1.0 if lr is None else lr, lbfgs_iters
@@ -327,7 +341,7 @@ def optimize(
         nonlocal x, losses, gain
         method.zero_grad()
         # Not clamped: that would cut off the gradient of all pixels beyond [0, 1].
-        x = x_0 + unit * torch.fft.irfft2(damping * torch.fft.rfft2(z), s=z.shape[-2:])
+        x = x_0 + unit * torch.fft.irfft2(gains * torch.fft.rfft2(z), s=z.shape[-2:])
         losses = objective(x)
         gain = 1e6 / losses["total"].detach().clamp_min(1e-6) if gain is None else gain
         (gain * losses["total"]).backward()
@@ -402,7 +416,7 @@ def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float
         values, vectors = torch.linalg.eigh(C)
         return vectors * values.clamp_min(least) ** exponent @ vectors.T
 
-    # Gatys et al. 2017, §4:  x ↦ A x + b  with A C_x Aᵀ = C_s. Of all such A the symmetric one, the linear Monge map,
+    # Gatys et al. 2017, §5.2:  x ↦ A x + b  with A C_x Aᵀ = C_s. Of all such A the symmetric one, the linear Monge map,
     # moves colours least:  A = C_x^-½ (C_x^½ C_s C_x^½)^½ C_x^-½
     (mean_x, C_x), (mean_s, C_s) = statistics([image], [1.0]), statistics(targets, shares or [1.0] * len(targets))
     root, inverse = (power(C_x, exponent, 1e-4) for exponent in (0.5, -0.5))  # no less: that would amplify noise
@@ -414,7 +428,7 @@ def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float
 def match_luminance(style: Tensor, content: Tensor) -> Tensor:
     """`style` in grey, with the mean and the standard deviation of the luminance of `content`, both (1, 3, h, w)."""
     L_s, L_c = luminance(style), luminance(content)
-    # Gatys et al. 2017, §4.2:  L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
+    # Gatys et al. 2017, §5.1:  L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
     matched = L_c.std() / L_s.std().clamp_min(1e-3) * (L_s - L_s.mean()) + L_c.mean()
     return matched.clamp(0, 1).expand_as(style)
 
@@ -462,25 +476,16 @@ def check_masks(styles: Sequence[Tensor], style_masks: Sequence[Tensor], paintin
         raise InputError(f"--painting-masks needs {len(styles)} masks, one for each style image")
 
 
-Frame = tuple[Tensor, dict[str, float]]
-
-
-def better(frame: Frame, best: Frame | None) -> Frame:
-    """Which of a frame of `paint` and the best one before it to keep: the finer one, or that with the lesser loss."""
-    if best is None or frame[0].shape != best[0].shape or frame[1]["total"] <= best[1]["total"]:
-        return frame
-    return best
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; InputError on a mistake. What `paint` has a default for gets that default."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
     layers = {"nargs": "+", "metavar": "LAYER"}
     defaults = {name: p.default for name, p in inspect.signature(paint).parameters.items()}
 
     def add(*names: str, **options: object) -> None:
         dest = options.get("dest", names[-1].lstrip("-").replace("-", "_"))
-        parser.add_argument(*names, **{"default": defaults.get(dest)} | options)  # type: ignore[arg-type]
+        default = defaults.get(dest) if names[-1].startswith("-") else None
+        parser.add_argument(*names, **{"default": default} | options)  # type: ignore[arg-type]
 
     def scales(text: str) -> float | None:
         return None if text == "auto" else number(int, 1, 16)(text)

@@ -159,7 +159,7 @@ def test_optimize_finds_the_minimum_and_yields_pictures_with_their_own_losses(op
     def objective(x):
         return (curvature * (x - target).square()).mean()
 
-    steps = frames(objective, 10, 40, optimizer, start=0.5)
+    steps = frames(objective, 10, 20, optimizer, start=0.5)
     assert len(steps) == 10
     for x, losses in steps:
         assert losses["total"] == pytest.approx(objective(x).item(), rel=1e-3, abs=1e-8)
@@ -209,13 +209,23 @@ def test_lbfgs_starts_with_the_same_move_a_pixel_at_every_size():
     assert move(64) == pytest.approx(1 / 100, rel=1e-3)
 
 
-def test_the_first_move_has_a_ninth_of_the_finest_stripes():
+def test_a_damped_first_move_has_a_ninth_of_the_finest_stripes():
     """Half a cycle a pixel counts 1/(1 + 4 · ½) in the unknown, and so does it in the gradient."""
     stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 3, 6, 8)
-    _, (x, _) = optimize(torch.zeros_like(stripes), lambda x: {"total": (x - 1 - stripes).square().mean()}, 2, 1)
-    assert (x * stripes).mean() / x.mean() == pytest.approx(1 / 9, rel=1e-3)
+    for damping, share in ((4.0, 1 / 9), (0.0, 1.0)):
+        steps = optimize(stripes * 0, lambda x: {"total": (x - 1 - stripes).square().mean()}, 2, 1, damping=damping)
+        _, (x, _) = steps
+        assert (x * stripes).mean() / x.mean() == pytest.approx(share, rel=1e-3)
     odd = torch.rand(1, 3, 7, 9)
-    assert torch.equal(next(optimize(odd, lambda x: {"total": x.mean()}, 1, 1))[0], odd)
+    assert torch.equal(next(optimize(odd, lambda x: {"total": x.mean()}, 1, 1, damping=4.0))[0], odd)
+
+
+def test_what_starts_from_noise_is_not_damped(pictures, monkeypatch):
+    seen, optimize = [], gatys.optimize
+    monkeypatch.setattr(gatys, "optimize", lambda *a: seen.append(a[-1]) or optimize(*a))
+    for init in ("noise", "recolored"):
+        stylize(pictures[0], pictures[1:], **SMALL | {"init": init, "scales": 1})
+    assert seen == [0.0, 4.0]
 
 
 def test_optimize_yields_a_picture_with_its_own_losses():
@@ -341,7 +351,7 @@ def test_every_coarser_scale_has_twice_as_many_steps(pictures, monkeypatch):
     monkeypatch.setattr(gatys, "optimize", lambda x, _, *rest: calls.append(rest) or iter([(x, {"total": 0.0})]))
     options = {"num_steps": 3, "lbfgs_iters": 5, "scales": 3, "optimizer": "adam", "lr": 0.5}
     list(paint(pictures[0], pictures[1:], **(SMALL | options)))
-    assert calls == [(steps, 5, "adam", 0.5) for steps in (12, 6, 3)]
+    assert calls == [(steps, 5, "adam", 0.5, 4.0) for steps in (12, 6, 3)]
 
 
 @pytest.mark.parametrize("losses", [[3.0, 2, 5], [3.0, 2, 1], [1.0, 2, 3]])
@@ -550,7 +560,7 @@ def test_the_protected_part_starts_from_the_photo(pictures):
 def test_the_protected_part_keeps_the_photo(pictures):
     photo = torchvision.transforms.functional.gaussian_blur(pictures[0][..., :32], 9)
     top = (torch.arange(40) < 20).float()[:, None].expand(1, 1, 40, 32)
-    options = {"beta": 30.0, "num_steps": 8, "init": "noise", "scales": 1}
+    options = {"beta": 30.0, "num_steps": 4, "init": "noise", "scales": 2}
     plain, _ = record(photo, pictures[1:], **options)
     kept, frames = record(photo, pictures[1:], **options, protect=top)
     change, changed = ((image - photo).abs() for image in (plain, kept))
