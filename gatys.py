@@ -314,8 +314,8 @@ def optimize(
     """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls; yield the picture after every step.
 
     A step is `lbfgs_iters` iterations of L-BFGS or Adam, each one evaluation of the objective and its gradient. What
-    is yielded is the picture that was evaluated last, with all values of its objective. The larger `damping` is, the less
-    do high frequencies count in the unknown.
+    is yielded is the picture that was evaluated last, with all values of its objective. The larger `damping` is, the
+    less do high frequencies count in the unknown.
 
     Raises:
         Diverged: the loss is no longer finite.
