@@ -320,7 +320,9 @@ def test_every_benchmark_row_can_be_measured(monkeypatch):
     monkeypatch.setattr(benchmark, "best", best)
     monkeypatch.setattr(benchmark, "load_image", lambda path, size, **crop: common.load_image(path, 32, **crop))
     monkeypatch.setattr(benchmark, "alone", lambda name, size, ours=True: (1.0, 0.5))
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **options: None)
+    monkeypatch.setattr(
+        benchmark.subprocess, "run", lambda command, **options: subprocess.CompletedProcess([], 0, "a.png\n1.5")
+    )
     monkeypatch.setattr(benchmark, "VGG", functools.partial(common.VGG, weights="random"))
     monkeypatch.setattr(common, "_random_weights", functools.cache(common._random_weights))
     monkeypatch.setattr(cyclegan, "CycleGAN", functools.partial(cyclegan.CycleGAN, blocks=1, width=4))
