@@ -274,7 +274,7 @@ def paint(
                 losses["total"] = losses["total"] + protect_weight * losses["protected"]
             return losses
 
-        damping = 0.0 if init == "noise" else 4.0
+        damping = 4.0 if optimizer == "lbfgs" and init != "noise" else 0.0
         for picture, losses in optimize(x, objective, round(num_steps / factor), lbfgs_iters, optimizer, lr, damping):
             x = picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
             yield keep_color(x, resize(colored, factor)) if preserve_color == "luminance" else x, losses
@@ -325,7 +325,7 @@ def optimize(
     unit, gain = x.numel() / 100, None
     # z is a change of the pixels in which high frequencies count less (Mordvintsev et al. 2018). The gradient of pixels
     # is full of them, and few iterations would leave in flat areas what the first ones did: grain, a lattice of dots.
-    # Noise is full of them as well, and needs an undamped change to lose them.
+    # Noise is full of them as well, and needs an undamped change to lose them; Adam moves each value by its rate.
     x_0, z = x, torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
     fy, fx = torch.fft.fftfreq(x.shape[-2], device=x.device), torch.fft.rfftfreq(x.shape[-1], device=x.device)
     gains = 1 / (1 + damping * torch.hypot(fy[:, None], fx))  # of frequencies up to ½ a pixel: (H, W/2 + 1)

@@ -311,7 +311,7 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
 def test_the_loss_falls(pictures, optimizer):
     result, frames = record(pictures[0], pictures[1:], optimizer=optimizer, num_steps=4, init="content")
     losses = [losses["total"] for _, losses in frames]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert result.shape == pictures[0].shape
     assert 0 <= result.min() < result.max() <= 1
 
@@ -351,7 +351,7 @@ def test_every_coarser_scale_has_twice_as_many_steps(pictures, monkeypatch):
     monkeypatch.setattr(gatys, "optimize", lambda x, _, *rest: calls.append(rest) or iter([(x, {"total": 0.0})]))
     options = {"num_steps": 3, "lbfgs_iters": 5, "scales": 3, "optimizer": "adam", "lr": 0.5}
     list(paint(pictures[0], pictures[1:], **(SMALL | options)))
-    assert calls == [(steps, 5, "adam", 0.5, 4.0) for steps in (12, 6, 3)]
+    assert calls == [(steps, 5, "adam", 0.5, 0.0) for steps in (12, 6, 3)]
 
 
 @pytest.mark.parametrize("losses", [[3.0, 2, 5], [3.0, 2, 1], [1.0, 2, 3]])
