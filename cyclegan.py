@@ -341,7 +341,6 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
 # --- Translating -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def translate(network: Generator, image: Tensor, precision: str = "auto") -> Tensor:
     """Translate (B, 3, H, W) in [0, 1] of any size from 5 px a side: padded by reflection, then cropped again.
 
@@ -352,8 +351,10 @@ def translate(network: Generator, image: Tensor, precision: str = "auto") -> Ten
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
     # Multiples of 4; and 8 at least, as the residual blocks need 2 px at a quarter of the size.
     right, below = (max(8, -(-side // 4) * 4) - side for side in (width, height))
-    with autocast(image.device, pick_precision(precision, image.device, exact=network.published)):
-        return network(nnf.pad(image, (0, right, 0, below), mode="reflect"))[..., :height, :width]
+    padded = nnf.pad(image, (0, right, 0, below), mode="reflect")
+    with torch.inference_mode(), autocast(image.device, pick_precision(precision, image.device, network.published)):
+        y = network(padded)
+    return y[..., :height, :width].clone()  # a tensor like any other, which inference mode does not give
 
 
 # ===========================================================================================================

@@ -325,7 +325,7 @@ def stylize(
     """
     height, width = image.shape[-2:]
     margin = 0 if network.published else MARGIN
-    with autocast(image.device, pick_precision(precision, image.device, exact=network.published)):
+    with torch.inference_mode(), autocast(image.device, pick_precision(precision, image.device, network.published)):
         y_hat = network(reflect(image, margin))
     y_hat = y_hat[..., margin : margin + height, margin : margin + width]
     return torch.lerp(image, keep_color(y_hat, image) if preserve_color else y_hat, strength)
