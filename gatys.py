@@ -122,6 +122,27 @@ class Region(NamedTuple):
     A: dict[str, Tensor]  # the Gram matrices of its style at the style layers
 
 
+def divide(
+    photo: Tensor,
+    A: Sequence[dict[str, Tensor]],
+    blend: Sequence[float],
+    style_masks: Sequence[Tensor] = (),
+    keep: Tensor | None = None,
+) -> list[Region]:
+    """Which style goes where in the photo (1, 3, H, W): all of them everywhere, or each under its mask; none in `keep`.
+
+    A has the Gram matrices of each style at the style layers, `blend` the share of each.
+    """
+    if not style_masks:
+        # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
+        A = [{layer: sum(b * G[layer] for b, G in zip(blend, A, strict=True)) for layer in A[0]}] if A else []
+    T = [on(mask, photo) for mask in style_masks] or [None if keep is None else torch.ones_like(keep)] * len(A)
+    if len(T) < len(A):
+        T.append((1 - sum(T)).clamp(0, 1))  # the last one gets the rest
+    T = T if keep is None else [(1 - keep) * t for t in T]
+    return [Region(t, 1.0 if t is None else t.square().mean().item(), a) for t, a in zip(T, A, strict=True)]
+
+
 def total_loss(
     x: Tensor,
     F: dict[str, Tensor],
@@ -140,8 +161,9 @@ def total_loss(
     # Gatys Eq. 5:  L_style = Σ_l w_l E_l   with w_l = 1 / number of layers
     L_style = x.new_zeros(())
     for T, share, A in regions:
-        E = [style_loss(gram_matrix(guide(F[layer], T)), A[layer]) for layer in A]
-        L_style = L_style + share * sum(E) / len(E)
+        w_l = 1 / len(A)
+        E = {layer: style_loss(gram_matrix(guide(F[layer], T)), A[layer]) for layer in A}
+        L_style = L_style + share * sum(w_l * E[layer] for layer in A)
     # Gatys Eq. 7:  L_total = α L_content + β L_style   (and here the total variation)
     L_tv = total_variation(x) if tv_weight else x.new_zeros(())
     L_total = alpha * L_content + beta * L_style + tv_weight * L_tv
@@ -221,7 +243,6 @@ def paint(
     content_layers = content_layers if alpha else ()
     style_layers, style_masks, painting_masks = (style_layers, style_masks, painting_masks) if beta else ((), (), ())
     protected_layers = () if protect is None else PROTECTED_LAYERS
-    phi = VGG([*content_layers, *style_layers, *protected_layers], vgg, vgg_weights, pooling).to(content.device)
     dtype = pick_precision(precision, content.device)
     colored = content
     if preserve_color == "histogram":
@@ -230,30 +251,27 @@ def paint(
         styles = [match_luminance(style, content) for style in styles]
         content = luminance(content).expand_as(content)
 
+    def at(factor: float) -> tuple[Tensor, list[Tensor]]:
+        photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
+        return photo, [resize(style, factor) for style in styles if style_layers]
+
+    factors = scale_factors(content, scales)  # …, ¼, ½, 1
+    photo, paintings = at(factors[0])
+    phi = VGG([*content_layers, *style_layers, *protected_layers], vgg, vgg_weights, pooling).to(content.device)
+    phi = rescale(phi, [photo] * bool(content_layers or protected_layers) + paintings)
+    x = start(init, photo, styles, blend, seed)
+    if protect is not None:
+        x = torch.lerp(x, photo, on(protect, photo))
+
     def features(image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         with autocast(image.device, dtype):
             return phi(image, layers)
 
-    x, factors = None, scale_factors(content, scales)
-    for factor in factors:  # …, ¼, ½, 1
-        photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
-        paintings = [resize(style, factor) for style in styles if style_layers]
-        if x is None:
-            phi = rescale(phi, [photo] * bool(content_layers or protected_layers) + paintings)
-            x = start(init, photo, styles, blend, seed)
-        else:
+    for factor in factors:
+        photo, paintings = at(factor)
+        if factor > factors[0]:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
             x = nnf.pad(x, [MARGIN] * 4, mode="replicate")
-
-        # Where to keep the photo, and where each style goes: everywhere, or its mask, but for what is protected.
-        keep = None if protect is None else on(protect, photo)
-        T = [on(mask, photo) for mask in style_masks] or [None if keep is None else torch.ones_like(keep)]
-        if 0 < len(style_masks) < len(styles):
-            T.append((1 - sum(T)).clamp(0, 1))
-        T = T if keep is None else [(1 - keep) * t for t in T]
-        if keep is not None and factor == factors[0]:
-            x = torch.lerp(x, photo, keep)
-
         with torch.no_grad():
             P = features(photo, [*content_layers, *protected_layers])
             A = []
@@ -261,10 +279,8 @@ def paint(
                 f = features(painting, style_layers)
                 mask = None if mask is None else on(mask, painting, margin=0)
                 A.append({layer: gram_matrix(guide(f[layer], mask)) for layer in style_layers})
-            if not style_masks:
-                # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
-                A = [{layer: sum(b * G[layer] for b, G in zip(blend, A, strict=True)) for layer in style_layers}]
-        regions = [Region(t, 1.0 if t is None else t.square().mean().item(), a) for t, a in zip(T, A, strict=True) if a]
+        keep = None if protect is None else on(protect, photo)
+        regions = divide(photo, A, blend, style_masks, keep)
 
         def objective(x: Tensor, P: dict = P, regions: list = regions, keep: Tensor | None = keep) -> dict[str, Tensor]:
             F = features(x, [*P, *style_layers])
