@@ -89,8 +89,6 @@ class Convolution(nn.Module):
             self.conv2d: nn.Module = nn.ConvTranspose2d(inputs, outputs, kernel, 2, kernel // 2, output_padding=1)
         else:
             self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if pad == "zeros" else 0)
-        self.scale = 2 if upsample else 1 / stride  # rows of the result for a row of the input …
-        self.lost = kernel - 1 if pad == "none" else 0  # … and how many are missing: see in_strips
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x) if torch.is_grad_enabled() else in_strips(self, x)
@@ -355,7 +353,10 @@ SETTINGS += ["batch_size", "lr", "decay_iterations", "seed"]
 
 def in_strips(convolution: Convolution, x: Tensor) -> Tensor:
     """Convolve x (B, C, H, W) in strips of rows if it is large: one padded and upsampled copy would fill memory."""
-    scale, rows = convolution.scale, x.shape[-2]
+    conv, rows = convolution.conv2d, x.shape[-2]
+    upsampled = convolution.upsample or isinstance(conv, nn.ConvTranspose2d)
+    scale = 2 if upsampled else 1 / conv.stride[0]  # rows of the result for a row of x …
+    lost = 0 if convolution.reflect or conv.padding[0] else conv.kernel_size[0] - 1  # … and how many are missing
     width = int(x.shape[-1] * max(1, scale) ** 2)
     strip = max(32, STRIP // width // 2 * 2)
     if rows <= strip:
@@ -365,7 +366,7 @@ def in_strips(convolution: Convolution, x: Tensor) -> Tensor:
         above = min(top, 4)  # a strip overlaps its neighbours by the 4 rows that a 9×9 kernel reaches
         part = convolution.convolve(x[..., top - above : top + strip + 4, :])[..., int(above * scale) :, :]
         if y is None:
-            y = part.new_empty(*part.shape[:2], math.ceil(rows * scale) - convolution.lost, part.shape[-1])
+            y = part.new_empty(*part.shape[:2], math.ceil(rows * scale) - lost, part.shape[-1])
         first, last = int(top * scale), int((top + strip) * scale)
         y[..., first:last, :] = part[..., : last - first, :]
     return y
