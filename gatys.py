@@ -35,7 +35,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -550,6 +550,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def load_arguments(args: argparse.Namespace) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+    """What `paint` gets: the content, the styles, and its other arguments by name."""
+    device = pick_device(args.device)
+    style_size = max(1, round(args.image_size * args.style_scale))
+    if style_size > MOST_PIXELS:
+        raise InputError(f"--style-scale {args.style_scale:g} makes the style image larger than {MOST_PIXELS} px")
+    content = load_image(args.content, args.image_size, args.center_crop).to(device)
+    styles = [load_image(path, style_size, args.center_crop).to(device) for path in args.styles]
+    precision = pick_precision(args.precision, device)
+    check_memory(content, styles, precision)
+    print(f"computing on {device} in {precision}", file=sys.stderr)
+    parameters = inspect.signature(paint).parameters.values()
+    options = {p.name: getattr(args, p.name) for p in parameters if p.kind == p.KEYWORD_ONLY}
+    for name in ("style_masks", "painting_masks"):
+        options[name] = [load_mask(path, args.center_crop) for path in getattr(args, name)]
+    if args.protect:
+        faces = args.protect == "faces"
+        options["protect"] = find_faces(content) if faces else load_mask(Path(args.protect), args.center_crop)
+    return content, styles, options
+
+
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Stylise files as the command line says, and write the picture and what else was asked for."""
     stem = args.output.with_suffix("")
@@ -561,24 +582,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     if args.save_mask and not args.protect:
         raise InputError("--save-mask writes what --protect keeps: name a mask, or faces")
     check_outputs([args.output, *extras], pictures, FORMATS)
-    device = pick_device(args.device)
-    style_size = max(1, round(args.image_size * args.style_scale))
-    if style_size > MOST_PIXELS:
-        raise InputError(f"--style-scale {args.style_scale:g} makes the style image larger than {MOST_PIXELS} px")
-    content = load_image(args.content, args.image_size, args.center_crop).to(device)
-    styles = [load_image(path, style_size, args.center_crop).to(device) for path in args.styles]
-    check_memory(content, styles, pick_precision(args.precision, device))
-    print(f"computing on {device} in {pick_precision(args.precision, device)}", file=sys.stderr)
-
-    parameters = inspect.signature(paint).parameters.values()
-    options = {p.name: getattr(args, p.name) for p in parameters if p.kind == p.KEYWORD_ONLY}
-    for name in ("style_masks", "painting_masks"):
-        options[name] = [load_mask(path, args.center_crop) for path in getattr(args, name)]
-    if args.protect:
-        protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), args.center_crop)
-        options["protect"] = protect
-        if args.save_mask and protect is not None:
-            save_image(on(protect, content, margin=0).expand_as(content), mask)
+    content, styles, options = load_arguments(args)
+    if args.save_mask and options["protect"] is not None:
+        save_image(on(options["protect"], content, margin=0).expand_as(content), mask)
     factors = scale_factors(content, args.scales)
     # The share of the work that each step is: twice as many steps a coarser scale, each a quarter of the work.
     shares = [f**2 for f in factors for _ in range(round(args.num_steps / f))]
