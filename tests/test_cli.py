@@ -1,4 +1,4 @@
-"""The command lines, as a user types them: results, mistakes, interruption."""
+"""The command line of gatys.py, as a user types it: results, mistakes, interruption."""
 
 import csv
 import functools
@@ -6,7 +6,6 @@ import inspect
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -24,11 +23,6 @@ TINY = ["--image-size", "48", "--num-steps", "2", "--lbfgs-iters", "1", "--vgg-w
 def gatys_main(*arguments):
     """Run gatys.py on small pictures with random weights; `arguments` come last, so that they prevail."""
     gatys.main([*TINY, *map(str, arguments)])
-
-
-@pytest.fixture(autouse=True)
-def working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def files(folder="."):
@@ -50,9 +44,11 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
     output = capsys.readouterr()
     assert output.out == "content_style.png\n"
     assert "computing on cpu in" in output.err
+    assert str(gatys.parse_args(["a.jpg", "b.jpg", "c.png"]).output) == "a_b_c.png"
+    assert str(gatys.parse_args(["a.jpg"]).output) == "a_inversion.png"
 
 
-def test_everything_that_can_be_saved(capsys):
+def test_everything_that_can_be_saved():
     gatys_main(CONTENT, STYLE, "-o", "new/a.jpg", "--save-gif", "--save-all", "--save-losses", "--scales", "2")
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 7)]
     assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", *frames])
@@ -60,8 +56,7 @@ def test_everything_that_can_be_saved(capsys):
         assert animation.size == (48, 32)
         assert animation.n_frames == 8 + 6  # it fades from the photo into the first of them
         photo = gatys.to_pil(gatys.load_image(CONTENT, 48))
-        first = ImageChops.difference(animation.convert("RGB"), photo)
-        assert ImageStat.Stat(first).mean < [25, 25, 25]
+        assert ImageStat.Stat(ImageChops.difference(animation.convert("RGB"), photo)).mean < [25, 25, 25]
     with Image.open("new/a_frames/0001.png") as frame:
         assert frame.size == (24, 16)
     with Path("new/a_losses.csv").open(newline="") as file:
@@ -70,26 +65,19 @@ def test_everything_that_can_be_saved(capsys):
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5", "6"]
     assert float(rows[6][1]) == pytest.approx(float(rows[6][2]) + 30 * float(rows[6][3]), rel=1e-4)
     assert gatys.load_image("new/a.jpg").shape == (1, 3, 32, 48)
+    gatys_main(CONTENT, STYLE, "-o", "new/a.jpg", "--save-all")
+    assert files("new/a_frames") == ["0001.png", "0002.png"]  # none of the first run
 
 
-def test_an_animation_is_3_mb_at_most(tmp_path):
+def test_an_animation_is_3_mb_at_most():
     noise = [Image.effect_noise((384, 384), 90).convert("RGB") for _ in range(40)]
-    gatys.save_gif(noise, tmp_path / "a.gif")
-    assert (tmp_path / "a.gif").stat().st_size < 3e6
-    with Image.open(tmp_path / "a.gif") as animation:
+    gatys.save_gif(noise, Path("a.gif"))
+    assert Path("a.gif").stat().st_size < 3e6
+    with Image.open("a.gif") as animation:
         frames = animation.n_frames
         assert 5 < frames < 40
         animation.seek(frames - 1)
         assert ImageStat.Stat(ImageChops.difference(animation.convert("L"), noise[-1].convert("L"))).mean[0] < 20
-
-
-def test_a_second_run_gives_the_same_bytes_and_leaves_no_old_frames():
-    gatys_main(CONTENT, STYLE, "--save-all", "--init", "noise", "--scales", "2")
-    first = Path("content_style.png").read_bytes()
-    gatys_main(CONTENT, STYLE, "--save-all", "--init", "noise", "--scales", "2")
-    assert Path("content_style.png").read_bytes() == first
-    gatys_main(CONTENT, STYLE, "--save-all", "--init", "noise")
-    assert files("content_style_frames") == ["0001.png", "0002.png"]
 
 
 FLAGS = """--content-weight 2 alpha | --style-weight 3 beta | --tv-weight 4 tv_weight | --num-steps 6 num_steps
@@ -107,24 +95,23 @@ def test_every_flag_reaches_paint(monkeypatch):
         seen.update(options, content=content, styles=styles)
         yield content, {"total": 1.0}
 
-    names = list(inspect.signature(gatys.paint).parameters)
+    defaults = {name: p.default for name, p in inspect.signature(gatys.paint).parameters.items()}
+    names = list(defaults)[2:]
     monkeypatch.setattr(gatys, "paint", functools.wraps(gatys.paint)(paint))
     gatys.main([str(CONTENT), str(STYLE), "--device", "cpu", "-o", "a.png"])
-    defaults = {name: p.default for name, p in inspect.signature(gatys.paint).parameters.items()}
-    for name in names[2:]:
+    for name in names:
         assert seen[name] == defaults[name] or (not len(seen[name]) and not len(defaults[name])), name
     assert (max(seen["content"].shape), max(seen["styles"][0].shape)) == (512, 512)
-    flags = [line.split() for line in FLAGS]
-    gatys.main([str(CONTENT), str(STYLE), *(part for flag, value, _ in flags for part in (flag, value))])
+    flags, masks = [line.split() for line in FLAGS], ("painting_masks", "protect", "style_masks")
+    assert {*masks, *(name for *_, name in flags)} == set(names)
+    arguments = [part for flag, value, _ in flags for part in (flag, value)]
+    for value, name in enumerate(masks, 50):
+        Image.new("L", (9, 7), value).save(f"{name}.png")
+        arguments += [f"--{name.replace('_', '-')}", f"{name}.png"]
+    gatys.main([str(CONTENT), str(STYLE), *arguments])
     for _, value, name in flags:
         assert str(seen[name]).strip("[]'").removesuffix(".0") == value, name
-    masks = {"style_masks", "painting_masks", "protect"}
-    assert {name for *_, name in flags} | masks == set(names[2:])
-    for value, name in enumerate(sorted(masks), 50):
-        Image.new("L", (9, 7), value).save(f"{name}.png")
-    options = [part for name in masks for part in (f"--{name.replace('_', '-')}", f"{name}.png")]
-    gatys.main([str(CONTENT), str(STYLE), *options])
-    for value, name in enumerate(sorted(masks), 50):
+    for value, name in enumerate(masks, 50):
         mask = seen[name] if name == "protect" else seen[name][0]
         torch.testing.assert_close(mask, torch.full((1, 1, 7, 9), value / 255), rtol=0, atol=1e-6)
     gatys.main([str(CONTENT), str(STYLE), "--image-size", "64", "--style-scale", "0.5", "--center-crop", "-o", "b.png"])
@@ -133,10 +120,9 @@ def test_every_flag_reaches_paint(monkeypatch):
 
 def test_the_command_line_gives_the_picture_of_a_python_call():
     gatys_main(CONTENT, STYLE, "--init", "noise", "--scales", "2", "-o", "a.png")
-    images = [gatys.load_image(path, 48) for path in (CONTENT, STYLE)]
-    result = gatys.stylize(
-        images[0], images[1:], init="noise", scales=2, num_steps=2, lbfgs_iters=1, vgg_weights="random"
-    )
+    content, style = (gatys.load_image(path, 48) for path in (CONTENT, STYLE))
+    options = {"init": "noise", "scales": 2, "num_steps": 2, "lbfgs_iters": 1, "vgg_weights": "random"}
+    result = gatys.stylize(content, [style], **options)
     assert (gatys.load_image("a.png") - result).abs().max() <= 0.5 / 255 + 1e-6
 
 
@@ -152,28 +138,18 @@ def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses,
             yield torch.full_like(content, loss / 10), {"total": float(loss)}
 
     monkeypatch.setattr(gatys, "paint", functools.wraps(gatys.paint)(paint))
-    arguments = [*map(str, (CONTENT, STYLE)), *TINY, "--num-steps", "4", "--scales", "1", "--save-losses"]
+    arguments = [CONTENT, STYLE, "--num-steps", "4", "--scales", "1", "--save-losses"]
     if interrupted:
         with pytest.raises(SystemExit, match="130"):
-            gatys.main(arguments)
+            gatys_main(*arguments)
     else:
-        gatys.main(arguments)
+        gatys_main(*arguments)
+        result = gatys.stylize(torch.zeros(1, 3, 32, 48), [torch.zeros(1, 3, 32, 48)])
+        assert result.max().item() == pytest.approx(min(losses) / 10)
     with Image.open("content_style.png") as picture:
         assert abs(picture.getpixel((5, 5))[0] - 25.5 * min(losses[:3])) < 1
         assert picture.text["step"] == f"{2 + losses.index(min(losses[:3]))} of 4"
     assert len(Path("content_style_losses.csv").read_text().splitlines()) == 5
-
-
-def test_another_thread_than_the_main_one_can_do_it():
-    thread = threading.Thread(target=gatys_main, args=(CONTENT, STYLE))
-    thread.start()
-    thread.join()
-    assert files() == ["content_style.png"]
-
-
-def test_several_styles():
-    gatys_main(CONTENT, STYLE, ROOT / "examples" / "portrait.jpg", "--style-blend", "3", "1")
-    assert files() == ["content_style_portrait.png"]
 
 
 def test_what_is_protected_can_be_saved():
@@ -181,19 +157,10 @@ def test_what_is_protected_can_be_saved():
     mask = Image.new("L", (30, 10))
     mask.paste(255, (0, 0, 15, 10))
     mask.save("mask.png")
-    gatys_main(CONTENT, STYLE, "--protect", "mask.png", "--save-mask", "-o", "a.png")
+    gatys_main(CONTENT, "--style-weight", "0", "--protect", "mask.png", "--save-mask", "-o", "a.png")
     with Image.open("a_mask.png") as saved:
         assert saved.size == (48, 32)
         assert (saved.getpixel((5, 16)), saved.getpixel((43, 16))) == ((255,) * 3, (0,) * 3)
-    gatys_main(CONTENT, STYLE, "--style-weight", "0", "--style-masks", "mask.png", "--protect", "mask.png")
-
-
-@pytest.mark.parametrize("size", [(37, 53), (160, 40)])
-def test_odd_sizes(size):
-    Image.new("RGB", size, "teal").save("odd.png")
-    gatys_main("odd.png", STYLE, "--image-size", max(size), "--content-layers", "relu4_2")
-    with Image.open("odd_style.png") as picture:
-        assert picture.size == size
 
 
 # --- Mistakes ---
@@ -201,52 +168,30 @@ def test_odd_sizes(size):
 
 MISTAKES = [
     (["missing.jpg", STYLE], "missing.jpg"),
-    (["truncated.jpg", STYLE], "truncated.jpg"),
     ([CONTENT], "style image"),
     ([], "content"),
-    ([CONTENT, STYLE, "-o", "folder.png"], "folder.png"),
     ([CONTENT, STYLE, "-o", "a.xyz"], ".png"),
     ([CONTENT, "style.png", "-o", "./style.png"], "input"),
     (["c.gif", STYLE, "--save-gif", "-o", "c.png"], "c.gif"),
     (["d_frames/0008.png", STYLE, "--save-all", "-o", "d.png"], "d_frames"),
-    (["e_frames/0001.png", STYLE, "--save-all", "-o", "e.png"], "e_frames"),
     ([CONTENT, STYLE, "--image-size", "0"], "--image-size"),
     ([CONTENT, STYLE, "--image-size", "12"], "too small"),
     ([CONTENT, STYLE, "--style-weight", "nan"], "--style-weight"),
-    ([CONTENT, STYLE, "--lr", "-1"], "--lr"),
-    ([CONTENT, STYLE, "--style-blend", "1", "2"], "--style-blend"),
     ([CONTENT, STYLE, "--style-masks", STYLE, STYLE], "--style-masks"),
     ([CONTENT, STYLE, "--painting-masks", STYLE, STYLE], "--painting-masks"),
-    ([CONTENT, STYLE, "--protect", "missing.png"], "missing.png"),
     ([CONTENT, STYLE, "--protect", "style.png", "-o", "style.png"], "input"),
     ([CONTENT, STYLE, "--protect", "f_mask.png", "--save-mask", "-o", "f.png"], "input"),
     ([CONTENT, STYLE, "--save-mask"], "--protect"),
-    ([CONTENT, STYLE, "--vgg-weights", "text.jpg"], "text.jpg"),
-    ([CONTENT, STYLE, "--device", "gpu"], "gpu"),
     ([CONTENT, STYLE, "--style-scale", "1e9"], "--style-scale"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "word"), MISTAKES, ids=lambda value: None if isinstance(value, list) else value)
-def test_a_mistake_is_told_in_one_line(arguments, word, capsys):
-    Path("folder.png").mkdir()
+def test_a_mistake_is_told_in_one_line(arguments, word, fails):
     Path("d_frames").mkdir()
-    Image.new("RGB", (48, 48), "teal").save("d_frames/0008.png")
-    Path("e_frames").mkdir()
-    Path("e_frames/0001.png").symlink_to(CONTENT)  # a link in it would be removed with the old frames
-    Image.new("RGB", (48, 48), "teal").save("c.gif")
-    Path("text.jpg").write_text("not a picture")
-    Path("truncated.jpg").write_bytes(CONTENT.read_bytes()[:5000])
-    for name in ("style.png", "f_mask.png"):
+    for name in ("style.png", "f_mask.png", "c.gif", "d_frames/0008.png"):
         Image.new("RGB", (48, 48), "teal").save(name)
-    with pytest.raises(SystemExit) as exit_:
-        gatys_main(*arguments)
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert word in errors[0]
-    assert errors == lines[-1:]
+    assert word in fails(gatys.main, *TINY, *arguments)
 
 
 # --- Interruption ---
@@ -271,7 +216,7 @@ def test_ctrl_c_saves_the_picture():
     assert Path("content_style_losses.csv").exists()
 
 
-def test_a_full_disk_while_frames_are_saved_keeps_the_picture(monkeypatch, capsys):
+def test_a_full_disk_while_frames_are_saved_keeps_the_picture(monkeypatch, fails):
     save_image = gatys.save_image
 
     def fail(image, path, *metadata):
@@ -280,28 +225,21 @@ def test_a_full_disk_while_frames_are_saved_keeps_the_picture(monkeypatch, capsy
         save_image(image, path, *metadata)
 
     monkeypatch.setattr(gatys, "save_image", fail)
-    with pytest.raises(SystemExit) as exit_:
-        gatys_main(CONTENT, STYLE, "--save-all", "--num-steps", "9")
-    assert exit_.value.code == 2
-    assert "No space left" in capsys.readouterr().err
+    assert "No space left" in fails(gatys.main, *TINY, CONTENT, STYLE, "--save-all", "--num-steps", "9")
     assert Path("content_style.png").exists()
 
 
-def test_a_move_that_blows_up_does_not_replace_the_last_good_picture():
-    with pytest.raises(SystemExit):
-        gatys_main(CONTENT, STYLE, "--optimizer", "adam", "--lr", "1e12", "--num-steps", "9")
+def test_a_move_that_blows_up_does_not_replace_the_last_good_picture(fails):
+    fails(gatys.main, *TINY, CONTENT, STYLE, "--optimizer", "adam", "--lr", "1e12", "--num-steps", "9")
     with Image.open("content_style.png") as picture:
         assert picture.text["step"] == "1 of 9"
-        saturated = sum(value in (0, 255) for value in picture.tobytes())
-        assert saturated < 0.2 * len(picture.tobytes())
+        assert sum(value in (0, 255) for value in picture.tobytes()) < 0.2 * len(picture.tobytes())
 
 
-def test_out_of_memory_names_a_size(monkeypatch, capsys):
+def test_out_of_memory_names_a_size(monkeypatch, fails):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(gatys, "total_loss", full)
-    with pytest.raises(SystemExit) as exit_:
-        gatys_main(CONTENT, STYLE)
-    assert exit_.value.code == 2
-    assert "error: out of memory at 48 px: about --image-size 33" in capsys.readouterr().err
+    error = fails(gatys.main, *TINY, CONTENT, STYLE)
+    assert error.startswith("error: out of memory at 48 px: about --image-size 33")
