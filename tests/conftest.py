@@ -33,7 +33,7 @@ def fails(capsys):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """A function that notes the calls of `owner.name` from now on: the arguments of each, by their parameters' names."""
+    """A function that notes all calls of `owner.name` from now on: the arguments of each by their names."""
 
     def spy(owner, name):
         calls, function = [], getattr(owner, name)

@@ -6,7 +6,6 @@ import math
 import shutil
 import socket
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import cyclegan
 from common import InputError
 from cyclegan import CycleGAN, Generator, ImagePool, PatchDiscriminator, load_generator, lr_factor, translate
 
-ROOT = Path(__file__).parent.parent
 TINY = "--crop-size 32 --width 4 --blocks 1 --workers 0 --device cpu --precision float32"
 
 
@@ -45,9 +43,7 @@ def test_parameter_counts_and_patch_map():
 def test_a_patch_has_70_pixels():
     """The support of one verdict's gradient, without the norms, which look at the whole picture."""
     D = PatchDiscriminator(4)
-    for i, module in enumerate(D.model):
-        if isinstance(module, nn.InstanceNorm2d):
-            D.model[i] = nn.Identity()
+    D.model = nn.Sequential(*[module for module in D.model if not isinstance(module, nn.InstanceNorm2d)])
     x = torch.rand(1, 3, 256, 256, requires_grad=True)
     D(x)[0, 0, 15, 15].backward()
     for others in ((0, 1, 3), (0, 1, 2)):
@@ -248,49 +244,46 @@ RED, BLUE = (200.0, 40.0, 40.0), (40.0, 40.0, 200.0)
 
 
 @pytest.fixture
-def folders(tmp_path):
+def folders():
     for name, color, n in (("x", RED, 5), ("y", BLUE, 3)):
-        (tmp_path / name / "deep").mkdir(parents=True)
+        Path(name, "deep").mkdir(parents=True)
         for i, pixels in enumerate(shapes(color, n, seed=n)):
             image = Image.fromarray(pixels)
             image = [image, image.convert("L"), image.convert("P"), image.resize((50, 37)), image.convert("RGBA")][i]
-            image.save(tmp_path / name / ("deep" if i % 2 else "") / f"any name {i}.png")
-    return [tmp_path / "x", tmp_path / "y"]
+            image.save(Path(name, "deep" if i % 2 else "", f"any name {i}.png"))
+    return [Path("x"), Path("y")]
 
 
-def test_test_folders_are_used_for_the_samples(folders, tmp_path):
-    root = tmp_path / "set"
-    root.mkdir()
+def test_test_folders_are_used_for_the_samples(folders):
     for part, folder in zip(("trainA", "trainB", "testA"), [*folders, folders[1]], strict=True):
-        shutil.copytree(folder, root / part)
-    (X, x_samples), (Y, y_samples) = cyclegan.domains([str(root)], 32)
+        shutil.copytree(folder, Path("set", part))
+    (X, x_samples), (Y, y_samples) = cyclegan.domains(["set"], 32)
     assert (len(X), len(Y)) == (5, 3)
-    expected = [common.load_image(path, 32, center_crop=True) for path in common.find_images(root / "testA")]
+    expected = [common.load_image(path, 32, center_crop=True) for path in common.find_images(Path("set/testA"))]
     assert torch.equal(x_samples, torch.cat(expected))
     assert len(y_samples) == 3  # of trainB, as there is no testB
     for i in range(6):
         shutil.copy(X[0], folders[0] / f"{i}.png")
-    common.find_images(folders[0])[0].write_text("no picture")
+    files = common.find_images(folders[0])
     (X, x_samples), _ = cyclegan.domains([str(folder) for folder in folders], 32)
     assert len(x_samples) == 4
-    assert [path for i, path in enumerate(common.find_images(folders[0])) if i not in (1, 2, 3, 4)] == X
+    assert files[4:] == X
 
 
 # --- Download, from a server on the loopback address ---
 
 
-def archive(names=("trainA/a.png", "trainB/b.png", "testA/c.png"), root="horse2zebra/", method=zipfile.ZIP_STORED):
-    picture = io.BytesIO()
+def archive(names=("trainA/a.png", "trainB/b.png", "testA/c.png"), method=zipfile.ZIP_STORED):
+    picture, data = io.BytesIO(), io.BytesIO()
     Image.effect_noise((64, 64), 80).save(picture, "bmp")
-    data = io.BytesIO()
     with zipfile.ZipFile(data, "w", method) as file:
         for name in names:
-            file.writestr(root + name if not name.startswith(("/", "..")) else name, picture.getvalue())
+            file.writestr(f"horse2zebra/{name}", picture.getvalue())
     return data.getvalue()
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(monkeypatch):
     """Serve what `server.body` holds, after telling its length as `server.length`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -310,17 +303,16 @@ def server(tmp_path, monkeypatch):
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.body, httpd.length = archive(), None
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(cyclegan, "SERVER", f"http://127.0.0.1:{httpd.server_port}/datasets")
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.chdir(tmp_path)
     yield httpd
     httpd.shutdown()
 
 
-def test_a_set_is_downloaded_once(server, tmp_path):
+def test_a_set_is_downloaded_once(server):
     assert cyclegan.download("horse2zebra") == Path("data/horse2zebra")
-    names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    names = sorted(str(path) for path in Path().rglob("*") if path.is_file())
     assert names == [f"data/horse2zebra/{name}" for name in ("testA/c.png", "trainA/a.png", "trainB/b.png")]
     server.body = b"nothing more"
     (X, _), (Y, _) = cyclegan.domains(["horse2zebra"], 32)
@@ -328,7 +320,7 @@ def test_a_set_is_downloaded_once(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["cut short", "cut short untold", "damaged", "damaged deflated", "of other folders"])
-def test_a_download_that_is_not_whole_is_no_set(server, tmp_path, fault):
+def test_a_download_that_is_not_whole_is_no_set(server, fault):
     body = archive(method=zipfile.ZIP_DEFLATED if "deflated" in fault else zipfile.ZIP_STORED)
     server.body = body[: len(body) // 2] if "cut" in fault else body[:100] + bytes(900) + body[1000:]
     server.length = len(body) if fault == "cut short" else None
@@ -336,59 +328,40 @@ def test_a_download_that_is_not_whole_is_no_set(server, tmp_path, fault):
         server.body = archive(["trainA/a.png"])
     with pytest.raises(InputError, match=r"cut short|damaged|cannot download|trainB"):
         cyclegan.download("horse2zebra")
-    assert not any(tmp_path.rglob("*.*"))
+    assert not any(Path().rglob("*.*"))
     server.body, server.length = archive(), None
     assert cyclegan.download("horse2zebra").is_dir()
 
 
-def test_an_archive_cannot_write_outside_its_folder(server, tmp_path):
-    server.body = archive(["trainA/a.png", "trainB/b.png", "../../evil.png", "/tmp/evil-cyclegan-test.png"])
-    shutil.rmtree(cyclegan.download("horse2zebra"))
-    assert not any(tmp_path.rglob("*.png"))
-    assert not Path("/tmp/evil-cyclegan-test.png").exists()
-
-
-def test_other_processes_wait_for_the_first_ones_download(server, tmp_path, monkeypatch):
+def test_other_processes_wait_for_the_first_ones_download(server, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(cyclegan.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
-    waiting = threading.Thread(target=cyclegan.download, args=("horse2zebra",))
-    waiting.start()
-    waiting.join(0.2)
-    assert waiting.is_alive()
-    (tmp_path / "data" / "horse2zebra").mkdir(parents=True)
-    waiting.join(5)
-    assert not waiting.is_alive()
+    monkeypatch.setattr(cyclegan.time, "sleep", lambda seconds: Path("data/horse2zebra").mkdir(parents=True))
+    server.body = b"not for this process"
+    assert cyclegan.download("horse2zebra") == Path("data/horse2zebra")
 
 
-def test_offline_and_unknown_sets_are_one_clear_line(tmp_path, monkeypatch, capsys):
+def test_offline_and_unknown_sets_are_one_clear_line(monkeypatch, fails):
     with socket.socket() as free:  # a port at which nobody answers
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(cyclegan, "SERVER", f"http://127.0.0.1:{free.getsockname()[1]}")
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.chdir(tmp_path)
     for name, words in (("horse2zebra", "cannot download"), ("horse2giraffe", "apple2orange")):
-        with pytest.raises(SystemExit) as exit_:
-            cyclegan.main(["train", name])
-        assert exit_.value.code == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: ")
-        assert words in error
+        assert words in fails(cyclegan.main, "train", name)
 
 
 # --- Training ---
 
 
-def train(*arguments):
+def train(arguments):
     cyclegan.main(["train", *TINY.split(), *map(str, arguments)])
 
 
 STATE = ["G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pools", "step", "history"]
 
 
-def test_a_training_in_parts_from_the_command_line(folders, tmp_path, monkeypatch):
+def test_a_training_in_parts_from_the_command_line(folders, spy, monkeypatch):
     """In the middle of an epoch, with a pool that has begun to swap, while the learning rate falls."""
-    seen, rates, crops, step = [], [], cyclegan.Crops, CycleGAN.step
-    monkeypatch.setattr(cyclegan, "Crops", lambda *a, **k: seen.append((a, k)) or crops(*a, **k))
+    rates, crops, step = [], spy(cyclegan, "Crops"), CycleGAN.step
 
     def noting(self, x, y):
         rates.append([g["lr"] for g in self.optimizer_G.param_groups + self.optimizer_D.param_groups])
@@ -397,15 +370,15 @@ def test_a_training_in_parts_from_the_command_line(folders, tmp_path, monkeypatc
     monkeypatch.setattr(CycleGAN, "step", noting)
     arguments = [*folders, "--epochs", 1, "--decay-epochs", 2, "--pool-size", 2, "--lr", "1e-3", "--seed", 5]
     arguments += ["--lambda-cycle", 3, "--beta1", 0.9, "--lambda-identity", 0]
-    train(*arguments, "-o", tmp_path / "whole")
+    train([*arguments, "-o", "whole"])
     assert rates == [pytest.approx([rate] * 2) for rate in [1e-3] * 10 + [5e-4] * 5]
     for steps in (7, 11, 20):
-        train(*arguments, "-o", tmp_path / "parts", "--max-steps", steps, "--resume")
-    whole, parts = (common.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+        train([*arguments, "-o", "parts", "--max-steps", steps, "--resume"])
+    whole, parts = (common.load_checkpoint(Path(name, "checkpoint.pth")) for name in ("whole", "parts"))
     assert whole["step"] == 15
     assert all(equal(whole[name], parts[name]) for name in STATE)
-    X, Y = (common.find_images(folder) for folder in folders)
-    assert seen[0] == (([X, Y], 36, 32, 5), {"flip": True})
+    domains = [common.find_images(folder) for folder in folders]
+    assert crops[0] == {"domains": domains, "load_size": 36, "crop_size": 32, "seed": 5, "flip": True}
     assert whole["optimizer_D"]["param_groups"][0]["betas"] == (0.9, 0.999)
     assert [len(pool["images"]) for pool in whole["pools"][0]] == [2, 2]
     for _, _, _, total, G, F, cycle, identity, *_ in whole["history"]:
@@ -414,10 +387,10 @@ def test_a_training_in_parts_from_the_command_line(folders, tmp_path, monkeypatc
     assert [row[:2] for row in whole["history"]] == [[1, 1], [10, 2]]
 
 
-def test_what_a_training_leaves(folders, tmp_path):
-    run = tmp_path / "new" / "run"
+def test_what_a_training_leaves(folders):
+    run = Path("new/run")
     arguments = [*folders, "-o", run, "--epochs", 2, "--decay-epochs", 0, "--export", run / "small.pth"]
-    train(*arguments)
+    train(arguments)
     names = ["checkpoint.pth", "epoch_001.jpg", "epoch_002.jpg", "losses.csv", "losses.png", "small.pth"]
     assert sorted(path.name for path in run.iterdir()) == names
     rows = [row.split(",") for row in (run / "losses.csv").read_text().splitlines()]
@@ -425,19 +398,16 @@ def test_what_a_training_leaves(folders, tmp_path):
     assert [(row[0], row[1]) for row in rows[1:]] == [("1", "1"), ("10", "2")]
     with Image.open(run / "epoch_001.jpg") as sheet:
         assert sheet.size == (8 * (32 + 4) + 640, 480)  # with the plot
-    state = common.load_checkpoint(run / "checkpoint.pth")
+    state, small = (common.load_checkpoint(run / name) for name in ("checkpoint.pth", "small.pth"))
     assert set(STATE) <= set(state)  # as in every version
     assert [pool.keys() for pool in state["pools"][0]] == [{"images", "generator"}] * 2
-    small = common.load_checkpoint(run / "small.pth")
     assert all(value.dtype == torch.half for value in small["G"].values())
-    for model, precise in (("small.pth", False), ("checkpoint.pth", True)):
+    for model, precision in (("small.pth", torch.half), ("checkpoint.pth", torch.float)):
         for direction, name in (("x2y", "G"), ("y2x", "F")):
-            network = load_generator(run / model, direction)
-            state = common.load_checkpoint(run / "checkpoint.pth")[name]
-            for key, value in network.state_dict().items():
-                assert torch.allclose(value, state[key], rtol=0 if precise else 1e-3, atol=0 if precise else 1e-6)
+            for key, value in load_generator(run / model, direction).state_dict().items():
+                assert torch.equal(value, state[name][key].to(precision).float())
     (run / "small.pth").unlink()
-    train(*arguments, "--resume")  # it may have been killed before it wrote all
+    train([*arguments, "--resume"])  # it may have been killed before it wrote all
     assert (run / "small.pth").exists()
 
 
@@ -445,41 +415,30 @@ def test_the_sheet_shows_both_ways():
     t, x, y = gan(), torch.rand(2, 3, 32, 32), torch.rand(1, 3, 32, 32)
     G, F = t.G, t.F
     columns = cyclegan.sample_columns(t, x, y)
-    with torch.no_grad():
-        expected = {"x": x, "G(x)": G(x), "F(G(x))": F(G(x)), "F(x)": F(x)}
-        expected |= {"y": y, "F(y)": F(y), "G(F(y))": G(F(y)), "G(y)": G(y)}
+    expected = {"x": x, "G(x)": G(x), "F(G(x))": F(G(x)), "F(x)": F(x)}
+    expected |= {"y": y, "F(y)": F(y), "G(F(y))": G(F(y)), "G(y)": G(y)}
     assert list(columns) == list(expected)
     for name, column in expected.items():
         torch.testing.assert_close(columns[name], column, msg=name)
 
 
-def test_a_bad_command_is_one_clear_line(folders, tmp_path, capsys):
-    arguments = [*folders, "-o", tmp_path / "a", "--max-steps", 1]
-    train(*arguments)
-    checkpoint = tmp_path / "a" / "checkpoint.pth"
-    (tmp_path / "model.pth").write_text("another model")
-    cases = [
-        ([*arguments], "--resume"),  # it exists: no training is overwritten by another one
-        ([*arguments, "--resume", "--blocks", 2], "--blocks 1, not 2"),
+def test_a_bad_command_is_one_clear_line(folders, fails):
+    train([*folders, "-o", "a", "--max-steps", 1])
+    Path("model.pth").write_text("another model")
+    for case, words in (
+        ([*folders, "-o", "a", "--resume", "--max-steps", 1, "--blocks", 2], "--blocks 1, not 2"),
+        ([folders[1], folders[0], "-o", "a", "--resume"], "another X: "),
         ([*folders, "--load-size", 33, "--crop-size", 64], "--load-size"),
         ([*folders, "--crop-size", 45], "multiple of 4"),
-        ([*folders, "--crop-size", 28], "--crop-size"),
         ([*folders, "--export", "small"], ".pth"),
-        ([*folders, "--export", tmp_path / "model.pth"], "model.pth exists"),
-        ([*folders, "--export", checkpoint, "--resume", checkpoint], "an input"),
+        ([*folders, "--export", "model.pth"], "model.pth exists"),
+        ([*folders, "--export", "a/checkpoint.pth", "--resume", "a/checkpoint.pth"], "an input"),
         ([*folders, "-o", folders[0] / "run"], "an input"),
-        ([folders[1], folders[0], "-o", tmp_path / "a", "--resume"], "another X: "),
-        ([folders[0], tmp_path / "missing"], "no such folder"),
+        ([folders[0], "missing"], "no such folder"),
         ([*folders, folders[0]], "name two"),
         ([*folders, "--epochs", 0, "--decay-epochs", 0], "--epochs"),
-    ]
-    for case, words in cases:
-        with pytest.raises(SystemExit) as exit_:
-            train(*(case if "-o" in case else [*case, "-o", tmp_path / "b"]))
-        assert exit_.value.code == 2, case
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: "), case
-        assert words in error, case
+    ):
+        assert words in fails(train, *case, *([] if "-o" in case else ["-o", "b"])), case
 
 
 def test_a_colour_swap_is_learned():
@@ -506,7 +465,7 @@ def test_a_colour_swap_is_learned():
 # --- Models of the authors' code ---
 
 
-def published(blocks=9, width=64):
+def published():
     """The authors' generator as the issue of their code describes it, written independently of Generator."""
 
     def block():
@@ -540,20 +499,20 @@ def published_forward(module, x):
     return conv(m["26"], y, 3).tanh()
 
 
-def test_published_generators_give_the_same_pixels(tmp_path, monkeypatch):
+def test_published_generators_give_the_same_pixels(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     torch.manual_seed(0)
     module, x = published(), torch.rand(1, 3, 36, 48)
     state = module.state_dict()
     state |= {"model.2.running_mean": torch.zeros(64), "model.2.running_var": torch.ones(64)}  # of older files
-    torch.save(state, tmp_path / "latest_net_G.pth")
-    network = load_generator(tmp_path / "latest_net_G.pth")
+    torch.save(state, "latest_net_G.pth")
+    network = load_generator(Path("latest_net_G.pth"))
     with torch.no_grad():
         expected = (published_forward(module, 2 * x - 1) + 1) / 2
     assert expected.std() > 0.01
     assert torch.allclose(translate(network, x), expected, atol=1e-5)
     with pytest.raises(InputError, match="one generator"):
-        load_generator(tmp_path / "latest_net_G.pth", "y2x")
+        load_generator(Path("latest_net_G.pth"), "y2x")
 
 
 # --- Translating ---
@@ -579,46 +538,26 @@ def test_padding_does_not_reach_the_picture_beyond_its_border():
         torch.testing.assert_close(translate(network, x[..., :39], "float32"), network(odd)[..., :39])
 
 
-@pytest.fixture
-def model(tmp_path):
-    state = {name: net.state_dict() for name, net in (("G", Generator(1, 4)), ("F", Generator(1, 4)))}
-    torch.save(state, tmp_path / "model.pth")
-    return tmp_path / "model.pth"
-
-
-def test_translate_files_and_folders(folders, model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_translate_files_and_folders(folders):
+    torch.save({name: Generator(1, 4).state_dict() for name in "GF"}, "model.pth")
     x = common.find_images(folders[0])
-    cyclegan.main(["translate", str(x[-1]), "--model", str(model), "--device", "cpu"])
-    assert Path(f"{x[-1].stem}_x2y.png").exists()
-    cyclegan.main(["translate", str(x[-1]), "--model", str(model), "--direction", "y2x", "--image-size", "24"])
-    results = [Image.open(f"{x[-1].stem}_{direction}.png") for direction in ("x2y", "y2x")]
-    assert results[0].size == Image.open(x[-1]).size
-    assert max(results[1].size) == 24
-    x[0].write_text("no picture")
-    with pytest.raises(SystemExit) as exit_:
-        cyclegan.main(["translate", str(folders[0]), "--model", str(model), "-o", "out"])
-    assert exit_.value.code == 1
-    made = sorted(p.relative_to("out") for p in Path("out").rglob("*.png"))
-    assert made == [p.relative_to(folders[0]) for p in x[1:]]
+    for direction, size, *flags in (("x2y", 40), ("y2x", 24, "--direction", "y2x", "--image-size", "24")):
+        cyclegan.main(["translate", str(x[-1]), "--model", "model.pth", "--device", "cpu", *flags])
+        with Image.open(f"{x[-1].stem}_{direction}.png") as result:
+            assert max(result.size) == size
+    cyclegan.main(["translate", str(folders[0]), "--model", "model.pth", "-o", "out"])
+    assert [path.relative_to("out") for path in common.find_images(Path("out"))] == [p.relative_to("x") for p in x]
 
 
-def test_no_model_is_one_clear_line(folders, tmp_path, capsys):
+def test_no_model_is_one_clear_line(folders, fails):
     picture = common.find_images(folders[0])[0]
-    broken, foreign, fast = tmp_path / "broken.pth", tmp_path / "foreign.pth", tmp_path / "fast.pth"
     state = Generator(1, 4).state_dict()
     state["model.1.weight"][0] = math.inf
-    torch.save({"G": state, "F": state}, broken)
-    torch.save({"weights": torch.rand(3)}, foreign)
-    torch.save({"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}, fast)
-    for file in (picture, broken, foreign, fast, tmp_path / "missing.pth", tmp_path):
-        with pytest.raises(SystemExit) as exit_:
-            cyclegan.main(["translate", str(picture), "--model", str(file)])
-        assert exit_.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1
-        assert lines[0].startswith("error: ")
-        assert str(file) in lines[0]
+    torch.save({"G": state, "F": state}, "broken.pth")
+    torch.save({"weights": torch.rand(3)}, "foreign.pth")
+    torch.save({"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}, "fast.pth")
+    for file in (picture, "broken.pth", "foreign.pth", "fast.pth", "missing.pth", folders[0]):
+        assert str(file) in fails(cyclegan.main, "translate", picture, "--model", file)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
