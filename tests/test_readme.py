@@ -63,10 +63,8 @@ def mentions():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder that has what the README's commands expect, and weights that are made but once."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "_random_weights", functools.cache(common._random_weights))
+def folder(monkeypatch):
+    """What the README's commands expect is in the working folder."""
     monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])  # an extra: tested in test_gatys.py
     monkeypatch.setattr(cyclegan, "download", lambda name: Path("data", name))
     shutil.copytree(ROOT / "examples", "examples")
@@ -79,9 +77,8 @@ def folder(tmp_path, monkeypatch):
             shutil.copytree(f"data/{name}/trainA", f"data/{name}/{part}")
     for name in ("horse.jpg", "zebra.jpg"):
         shutil.copy(ROOT / "examples" / "content.jpg", name)
-    first = Image.new("RGB", (20, 20))
-    first.save("cat.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")])
-    return tmp_path
+    black, red = (Image.new("RGB", (20, 20), color) for color in ("black", "red"))
+    black.save("cat.gif", save_all=True, append_images=[red])
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs a shell")
@@ -187,9 +184,7 @@ def test_the_defaults_in_the_tables_are_those_of_the_scripts():
             default, value = args[flag.replace("-", "_")], re.sub(r"(?<=\d) (?=\d)", "", value).strip("`")
             if isinstance(default, tuple | list) and default:
                 assert value in (", ".join(default), f"{default[0]} … {default[-1]}"), flag
-            elif (
-                default is None or default is False or default == () or " " in value
-            ):  # no value of its own, or put in words
+            elif default is None or default is False or default == () or " " in value:  # none of its own, or in words
                 assert not re.fullmatch(r"[\d.e-]+", value) or flag == "lr", flag
             elif isinstance(default, int | float):
                 assert float(value) == default, flag
@@ -202,15 +197,12 @@ def test_the_defaults_in_the_tables_are_those_of_the_scripts():
 # --- Pictures and links ---
 
 
-def test_pictures_are_there_and_small():
+def test_pictures_are_small_and_links_lead_somewhere():
     pictures = set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(r'<img src="([^"]+)"', README))
     assert len(pictures) > 20
     assert sum((ROOT / picture).stat().st_size for picture in pictures) <= 4_000_000
-
-
-def test_links_lead_somewhere():
     links = set(re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)[^)]*\)", README))
-    assert links
+    assert len(links) > 5
     for link in links:
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
@@ -276,27 +268,41 @@ def test_the_notebook_runs(monkeypatch):
     monkeypatch.setenv("NOTEBOOK_SIZE", "48")
     monkeypatch.setenv("NOTEBOOK_STEPS", "1")
     notebook = nbformat.read(NOTEBOOK, 4)
-    for cell in notebook.cells:
-        cell.pop("outputs", None)
-        if cell.cell_type == "code":
-            cell.outputs = []
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.outputs, cell.execution_count = [], None
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute()  # CellExecutionError on the first that fails
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    assert all(cell.execution_count for cell in code)
 
 
-def test_the_benchmark_prints_a_table(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_measures_every_row_and_prints_a_table(monkeypatch, capsys):
+    """With small networks and pictures, and without processes of their own."""
+
+    def best(*versions, repeats):
+        for version in versions:
+            version()
+        return [1.0, 0.5][: len(versions)]
+
+    monkeypatch.setattr(benchmark, "best", best)
     monkeypatch.setattr(benchmark, "alone", lambda name, size, ours=True: (size**2 / 1e6, 0.5))
-    rows = ["--quick", "johnson-stylize", "johnson-growth", "gatys-cuda"]
-    benchmark.main([*rows, "--json", f"{tmp_path}/a.json", "--plot", f"{tmp_path}/a.png"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[3:]][:2] == ["row", "johnson-stylize"]
-    assert "time ∝ side^2.00" in lines[-2]
-    figures = json.loads((tmp_path / "a.json").read_text())
-    step = figures["rows"][0]
-    assert step["ratio"] == pytest.approx(step["seconds"] / step["plain"])
+    ran = subprocess.CompletedProcess([], 0, "a.png\n1.5")
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **options: ran)
+    monkeypatch.setattr(benchmark, "load_image", lambda path, size, **crop: common.load_image(path, 32, **crop))
+    monkeypatch.setattr(benchmark, "VGG", functools.partial(common.VGG, weights="random"))
+    monkeypatch.setattr(cyclegan, "CycleGAN", functools.partial(cyclegan.CycleGAN, blocks=1, width=4))
+    monkeypatch.setattr(cyclegan, "Generator", lambda blocks=1, width=4, G=cyclegan.Generator: G(blocks, width))
+    monkeypatch.setattr(gatys, "optimize", lambda *arguments: iter([(None, {"total": 0.0})]))
+    rows = {name: (measure, function, 32, 32) for name, (measure, function, *_) in benchmark.ROWS.items()}
+    monkeypatch.setattr(benchmark, "ROWS", rows)
+    benchmark.main(["--quick", "--json", "a.json", "--plot", "a.png"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert list(dict.fromkeys(line[0] for line in lines)) == ["row", *rows]
+    assert sum("side^2.00" in line for line in lines) == 3
+    figures = json.loads(Path("a.json").read_text())
+    assert figures["rows"][0]["ratio"] == 2
     assert {"device", "versions", "precision"} <= set(figures)
-    with Image.open(tmp_path / "a.png") as picture:
+    with Image.open("a.png") as picture:
         assert picture.width > 500
 
 
@@ -307,28 +313,3 @@ def test_the_benchmark_measures_a_step_in_a_process_of_its_own(monkeypatch):
     failed = subprocess.CompletedProcess([], -9, "")  # as without memory
     monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **options: failed)
     assert benchmark.alone("johnson_stylize", 64) is None
-
-
-def test_every_benchmark_row_can_be_measured(monkeypatch):
-    """With small networks and pictures, without processes of their own."""
-
-    def best(*versions, repeats):
-        for version in versions:
-            version()
-        return [1.0] * len(versions)
-
-    monkeypatch.setattr(benchmark, "best", best)
-    monkeypatch.setattr(benchmark, "load_image", lambda path, size, **crop: common.load_image(path, 32, **crop))
-    monkeypatch.setattr(benchmark, "alone", lambda name, size, ours=True: (1.0, 0.5))
-    monkeypatch.setattr(
-        benchmark.subprocess, "run", lambda command, **options: subprocess.CompletedProcess([], 0, "a.png\n1.5")
-    )
-    monkeypatch.setattr(benchmark, "VGG", functools.partial(common.VGG, weights="random"))
-    monkeypatch.setattr(common, "_random_weights", functools.cache(common._random_weights))
-    monkeypatch.setattr(cyclegan, "CycleGAN", functools.partial(cyclegan.CycleGAN, blocks=1, width=4))
-    monkeypatch.setattr(cyclegan, "Generator", lambda blocks=1, width=4, G=cyclegan.Generator: G(blocks, width))
-    monkeypatch.setattr(gatys, "optimize", lambda *arguments: iter([(None, {"total": 0.0})]))
-    for name, (measure, function, *_) in benchmark.ROWS.items():
-        rows = list(measure(function, 32, True))
-        assert rows, name
-        assert all("setting" in row or "note" in row for row in rows), name
