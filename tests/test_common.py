@@ -1,5 +1,6 @@
 """common.py against independent oracles: torchvision's own networks, explicit loops, files written by Pillow."""
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -171,13 +172,8 @@ def test_rescaling_gives_mean_activation_1_and_leaves_the_network_as_it_was():
 def test_gram_matrix_equals_loops():
     f = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     expected = torch.zeros(2, 3, 3, dtype=torch.float64)
-    for b in range(2):
-        for i in range(3):
-            for j in range(3):
-                for y in range(4):
-                    for x in range(5):
-                        expected[b, i, j] += f[b, i, y, x] * f[b, j, y, x]
-    expected /= 3 * 4 * 5
+    for b, i, j, y, x in itertools.product(range(2), range(3), range(3), range(4), range(5)):
+        expected[b, i, j] += f[b, i, y, x] * f[b, j, y, x] / (3 * 4 * 5)
     torch.testing.assert_close(gram_matrix(f), expected)
     torch.testing.assert_close(gram_matrix(f.to(memory_format=torch.channels_last)), expected)
 
@@ -274,18 +270,15 @@ def test_size_is_the_longer_side():
     assert load_image("line.png", 100).shape == (1, 3, 100, 1)
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated"])
-def test_what_is_no_image(kind):
-    path = Path("a.jpg")
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "truncated":
-        shades(400, 300).save(path, exif=TURNED)
-        path.write_bytes(path.read_bytes()[:3000])
-    elif kind != "missing":
-        path.write_bytes(b"" if kind == "empty" else b"not a picture")
-    with pytest.raises(InputError, match=r"a\.jpg"):
-        load_image(path)
+def test_what_is_no_image():
+    shades(400, 300).save("whole.jpg", exif=TURNED)
+    Path("folder.jpg").mkdir()
+    Path("empty.jpg").touch()
+    Path("text.jpg").write_text("not a picture")
+    Path("truncated.jpg").write_bytes(Path("whole.jpg").read_bytes()[:3000])
+    for name in ("missing.jpg", "folder.jpg", "empty.jpg", "text.jpg", "truncated.jpg"):
+        with pytest.raises(InputError, match=name):
+            load_image(name)
 
 
 # --- Writing images ---
@@ -340,17 +333,6 @@ def test_automatic_precision_follows_the_hardware_unless_results_are_to_be_exact
     assert pick_precision("auto", cpu) == auto
     assert pick_precision("auto", cpu, exact=True) == pick_precision("float32", cpu) == torch.float32
     assert pick_precision("bfloat16", cpu, exact=True) == torch.bfloat16
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_gives_the_cpus_features():
-    device = pick_device("auto")
-    x = torch.rand(1, 3, 64, 64)
-    vgg = VGG(["relu1_1", "relu3_1"], "vgg16", "random")
-    expected = vgg(x)
-    for name, value in vgg.to(device)(x.to(device)).items():
-        assert (value.cpu() - expected[name]).norm() < 2e-3 * expected[name].norm()
-        assert math.isclose(gram_matrix(value).sum().item(), gram_matrix(expected[name]).sum().item(), rel_tol=2e-3)
 
 
 # --- Files ---
