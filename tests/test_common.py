@@ -81,9 +81,6 @@ def test_unknown_layers_and_too_small_pictures_are_refused():
         vgg(torch.rand(1, 3, 15, 64))
 
 
-# --- Weights ---
-
-
 def no_download(*args, **kwargs):
     assert socket.getdefaulttimeout() == common.NETWORK_TIMEOUT  # a server that never answers does not hang it
     raise urllib.error.URLError("the network is blocked")
@@ -166,9 +163,6 @@ def test_rescaling_gives_mean_activation_1_and_leaves_the_network_as_it_was():
             assert torch.equal(b[name], c[name])
 
 
-# --- Gram matrix ---
-
-
 def test_gram_matrix_equals_loops():
     f = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     expected = torch.zeros(2, 3, 3, dtype=torch.float64)
@@ -176,6 +170,11 @@ def test_gram_matrix_equals_loops():
         expected[b, i, j] += f[b, i, y, x] * f[b, j, y, x] / (3 * 4 * 5)
     torch.testing.assert_close(gram_matrix(f), expected)
     torch.testing.assert_close(gram_matrix(f.to(memory_format=torch.channels_last)), expected)
+    f = torch.rand(1, 8, 64, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        g = gram_matrix(f)
+    assert g.dtype == torch.float32
+    torch.testing.assert_close(g, gram_matrix(f.double()).float(), rtol=1e-5, atol=0)
 
 
 def test_gradient_of_the_gram_matrix():
@@ -185,14 +184,6 @@ def test_gradient_of_the_gram_matrix():
     assert torch.autograd.gradgradcheck(lambda f: weights * gram_matrix(f), f)
     transformed = torch.func.grad(lambda f: (weights * gram_matrix(f)).sum())(f.detach())
     torch.testing.assert_close(transformed, torch.autograd.grad((weights * gram_matrix(f)).sum(), f)[0])
-
-
-def test_gram_matrix_is_float32_under_autocast():
-    f = torch.rand(1, 8, 64, 64).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        g = gram_matrix(f)
-    assert g.dtype == torch.float32
-    torch.testing.assert_close(g, gram_matrix(f.double()).float(), rtol=1e-5, atol=0)
 
 
 # --- Reading images ---
@@ -260,14 +251,13 @@ def test_resizing_averages_and_takes_jpegs_no_smaller_than_needed():
 
 def test_size_is_the_longer_side():
     shades(400, 100).save("a.jpg", quality=100)
-    for size, shape in ((None, (100, 400)), (64, (16, 64)), (800, (200, 800))):
-        assert load_image("a.jpg", size).shape == (1, 3, *shape)
+    shades(400, 100).resize((1, 400)).save("line.png")
+    for name, size, shape in (("a.jpg", None, (100, 400)), ("a.jpg", 800, (200, 800)), ("line.png", 100, (100, 1))):
+        assert load_image(name, size).shape == (1, 3, *shape)
     cropped = load_image("a.jpg", 50, center_crop=True)
     assert cropped.shape == (1, 3, 50, 50)
     assert 0.45 < cropped[0, 0].mean() < 0.55  # the central quarter of the red ramp
     assert cropped[0, 0].min() > 0.3
-    shades(400, 100).resize((1, 400)).save("line.png")
-    assert load_image("line.png", 100).shape == (1, 3, 100, 1)
 
 
 def test_what_is_no_image():
@@ -279,9 +269,6 @@ def test_what_is_no_image():
     for name in ("missing.jpg", "folder.jpg", "empty.jpg", "text.jpg", "truncated.jpg"):
         with pytest.raises(InputError, match=name):
             load_image(name)
-
-
-# --- Writing images ---
 
 
 def test_saved_image_is_clamped_rounded_and_tells_how_it_was_made():
@@ -314,9 +301,6 @@ def test_colors_are_kept_and_luminance_taken_over():
                 assert value == pytest.approx(wanted, abs=1e-5)
     red, white = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
     assert common.keep_color(white, red).max() == 1  # clamped
-
-
-# --- Device and precision ---
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "cpu:x"])
@@ -576,19 +560,6 @@ def test_held_out_images_are_the_first_that_can_be_read():
 # --- Training, of a toy ---
 
 
-class Counter:
-    """A part that is another in each process: how many pictures it has seen, and their sum."""
-
-    def __init__(self):
-        self.state = {"n": 0, "sum": torch.zeros(())}
-
-    def state_dict(self):
-        return dict(self.state)
-
-    def load_state_dict(self, state):
-        self.state = dict(state)
-
-
 def toy(argv):
     """A command line that trains a linear network on the pictures in `data`, with faults on request."""
     parser = common.ArgumentParser()
@@ -604,7 +575,8 @@ def toy(argv):
         resume = common.claim_outputs(checkpoint, [sample], [data], args.resume)
         files = common.find_images(data)
         torch.manual_seed(args.seed)
-        network, counter = nn.Linear(3 * 8 * 8, 4), Counter()
+        network, counter = nn.Linear(3 * 8 * 8, 4), nn.Module()
+        counter.register_buffer("seen", torch.zeros(2))  # pictures, and their sum: another in each process
         optimizer = torch.optim.Adam(network.parameters(), args.lr, eps=0.1)  # so that a gradient's scale matters
 
         def written(step):
@@ -626,7 +598,7 @@ def toy(argv):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            counter.state = {"n": counter.state["n"] + len(x), "sum": counter.state["sum"] + x.sum()}
+            counter.seen += torch.tensor([len(x), x.sum()])
             if run.step + 1 == args.nan_weight:
                 network.weight.data[0, 0] = math.nan
             run.log({"lr": args.lr, "loss": loss.detach() * (math.nan if run.step + 1 == args.nan_loss else 1)})
@@ -688,10 +660,9 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(data, workers, 
     state, table, sample = results("whole")
     assert table.splitlines()[0] == "step,lr,loss"
     assert [row.split(",")[0] for row in table.splitlines()] == ["step", "1", "10", "20"]
-    items = Crops([data, data[:3]], 10, 8, 0, flip=True)
-    (counter,) = state["counters"][0]  # which has seen batches of two, one after another
-    assert counter["n"] == 46
-    assert counter["sum"].item() == pytest.approx(sum(items[i][0].sum().item() for i in range(46)), 1e-5)
+    items = Crops([data, data[:3]], 10, 8, 0, flip=True)  # it has seen batches of two, one after another
+    seen = [46, sum(items[i][0].sum().item() for i in range(46))]
+    assert state["counters"][0][0]["seen"].tolist() == pytest.approx(seen, 1e-5)
     assert (state["step"], sample, state["made by"]) == (23, "23", "a toy")
     assert capsys.readouterr().err.count("warning: look out") == 5  # once a run
     with Image.open("whole/toy.losses.png") as plot:
@@ -738,23 +709,20 @@ def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(data, processes):
     one, several = results("one")[0], results("a")[0]
     for name, value in one["model"].items():
         torch.testing.assert_close(value, several["model"][name], rtol=1e-4, atol=1e-6)
-    assert sum(c["n"] for (c,) in several["counters"]) == one["counters"][0][0]["n"]
+    seen = sum(counter["seen"] for (counter,) in several["counters"])
+    torch.testing.assert_close(seen, one["counters"][0][0]["seen"])
     assert several["history"][0][2] == pytest.approx(one["history"][0][2], rel=1e-5)
 
 
-@pytest.mark.parametrize("fault", ["--nan-loss", "--nan-weight"])
-def test_what_is_not_finite_keeps_the_last_good_checkpoint(data, fails, fault):
-    error = fails(toy, "a", fault, 10, "--checkpoint-every", 4, "--steps", 30)
-    assert "a/toy.checkpoint.pth is the last good state" in error
-    assert "--lr" in error
-    assert results("a")[0]["step"] == 8
-
-
-def test_checkpoints_are_due_in_every_epoch_too(data, monkeypatch):
-    steps, save = [], Training.save
-    monkeypatch.setattr(Training, "save", lambda self: steps.append(self.step) or save(self))
+def test_checkpoints_are_due_in_every_epoch_and_none_is_of_what_is_not_finite(data, spy, fails):
+    saved = spy(common, "save_checkpoint")
     toy(["a", "--checkpoint-every", 4, "--epoch", 3, "--steps", 10])
-    assert steps == [3, 4, 6, 8, 9, 10]
+    assert [call["state"]["step"] for call in saved] == [3, 4, 6, 8, 9, 10]
+    for folder, fault in (("b", "--nan-loss"), ("c", "--nan-weight")):
+        error = fails(toy, folder, fault, 10, "--checkpoint-every", 4, "--steps", 30)
+        assert f"{folder}/toy.checkpoint.pth is the last good state" in error
+        assert "--lr" in error
+        assert results(folder)[0]["step"] == 8
 
 
 def test_what_a_training_refuses(data, monkeypatch, fails):

@@ -224,16 +224,6 @@ def test_a_large_picture_goes_through_in_strips_with_the_same_result(switches, s
     assert (whole[..., 1:, :] - whole[..., :-1, :]).abs().max() > 0.1  # a shift could be seen
 
 
-def test_small_pictures():
-    network = TransformNet()
-    assert network(torch.rand(1, 3, 5, 9)).shape == (1, 3, 5, 9)
-    with pytest.raises(InputError, match="9×4 px is too small"):
-        network(torch.rand(1, 3, 4, 9))
-    x, row = torch.rand(1, 3, 50, 45), torch.tensor([0.0, 1, 2]).view(1, 1, 1, 3)
-    assert torch.equal(johnson.reflect(x, 40), nnf.pad(x, [40] * 4, mode="reflect"))
-    assert johnson.reflect(row, 5)[0, 0, 5].tolist() == [1, 0, 1, 2, 1, 0, 1, 2, 1, 0, 1, 2, 1]
-
-
 # --- Training ---
 
 
@@ -431,6 +421,11 @@ def test_a_margin_hides_the_frame(size):
     with torch.inference_mode():
         wide = network(johnson.reflect(x, 8))
     assert torch.equal(stylize(network, x, precision="float32"), wide[..., 8:-8, 8:-8])
+    x, row = torch.rand(1, 3, 50, 45), torch.tensor([0.0, 1, 2]).view(1, 1, 1, 3)
+    assert torch.equal(johnson.reflect(x, 40), nnf.pad(x, [40] * 4, mode="reflect"))
+    assert johnson.reflect(row, 5)[0, 0, 5].tolist() == [1, 0, 1, 2, 1, 0, 1, 2, 1, 0, 1, 2, 1]
+    with pytest.raises(InputError, match="9×4 px is too small"):
+        network(torch.rand(1, 3, 4, 9))
 
 
 def test_strength_blends_and_colors_can_be_the_photos():
@@ -443,9 +438,6 @@ def test_strength_blends_and_colors_can_be_the_photos():
     assert (full - x).abs().mean() > 0.05
     half = stylize(network, x, precision="bfloat16")
     assert 0 < (half - full).abs().max() < 0.1
-
-
-# --- The command line ---
 
 
 def test_one_picture(folder, spy):

@@ -194,9 +194,6 @@ def test_the_defaults_in_the_tables_are_those_of_the_scripts():
     assert checked > 35
 
 
-# --- Pictures and links ---
-
-
 def test_pictures_are_small_and_links_lead_somewhere():
     pictures = set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(r'<img src="([^"]+)"', README))
     assert len(pictures) > 20
