@@ -262,7 +262,7 @@ def test_a_training_of_the_papers_network_interrupted_and_resumed(folder, spy, m
     crops, objectives, vggs = (spy(johnson, name) for name in ("Crops", "Objective", "VGG"))
     arguments = ["--data", folder, *PAPER, "--vgg", "vgg19", "--lr", "2e-3", "--seed", 7, "--iterations", 4]
     train([*arguments, "-o", "whole.pth"])
-    resumable, step, steps = [*arguments, "-o", "parts.pth", "--resume"], johnson.step, []
+    resumable, step, steps = [*arguments, "-o", "parts.pth", "--resume", "--checkpoint-every", 1], johnson.step, []
 
     def interrupted(*things):
         steps.append(len(steps))
@@ -299,7 +299,8 @@ def test_a_training_of_the_papers_network_interrupted_and_resumed(folder, spy, m
         assert torch.equal(value, whole["model"][name].half().to(value.dtype)), name
 
 
-def test_what_a_training_leaves_and_another_starts_from(folder, monkeypatch, fails):
+def test_what_a_training_leaves_and_another_starts_from(folder, spy, monkeypatch, fails):
+    crops = spy(johnson, "Crops")
     for i in range(5, 10):
         shutil.copy(folder / "0" / "0.png", folder / "0" / f"{i}.png")
     train(["--data", folder, "--iterations", 11, "-o", "new/a.pth"])
@@ -319,9 +320,9 @@ def test_what_a_training_leaves_and_another_starts_from(folder, monkeypatch, fai
         "seed": 0, "precision": "torch.float32", "vgg": "vgg16", "processes": 1,
     }  # fmt: skip
     assert model["command"].startswith("python johnson.py train --style ")
-    trained = [str(path.relative_to(folder)) for path in common.find_images(folder)[4:]]
-    assert sorted(checkpoint["inputs"]["--data"]) == sorted(trained)
-    photos, _ = common.hold_out(common.find_images(folder), 16)
+    photos, trained = common.hold_out(common.find_images(folder), 16)
+    assert crops[0]["domains"] == [trained]
+    assert list(checkpoint["inputs"]["--data"]) == [str(path.relative_to(folder)) for path in trained]
     sheet, first = common.load_image("new/a.samples.jpg")[..., 20:, :], load_network(Path("new/a.pth"))
     assert not first.training
     for left, pictures in ((0, photos), (20, first(photos))):  # below the captions
