@@ -342,8 +342,11 @@ def test_a_link_stays_one_and_what_a_killed_write_left_is_cleared_up():
     Path("real").mkdir()
     target, link = Path("real/a.png"), Path("link.png")
     link.symlink_to(target)
+    target.write_bytes(b"old")
     common._temporary(target).write_bytes(b"left behind")
-    save_image(torch.ones(1, 3, 4, 4), link)
+    with target.open("rb") as old:
+        save_image(torch.ones(1, 3, 4, 4), link)
+        assert old.read() == b"old"  # replaced, and not overwritten
     assert link.is_symlink()
     assert load_image(target).min() == 1
     assert [path.name for path in Path("real").iterdir()] == ["a.png"]
