@@ -185,12 +185,15 @@ def test_first_moves_are_as_large_as_they_should_be():
 
 
 def test_a_damped_first_move_has_a_ninth_of_the_finest_stripes():
-    """Half a cycle a pixel counts 1/(1 + 4 · ½) in the unknown, and so does it in the gradient."""
+    """Half a cycle a pixel, in both directions √½ of one, counts 1/(1 + 4 · ½) in z, and so it does in the gradient."""
     stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 3, 6, 8)
-    for damping, share in ((4.0, 1 / 9), (0.0, 1.0)):
-        steps = optimize(stripes * 0, lambda x: {"total": (x - 1 - stripes).square().mean()}, 2, 1, damping=damping)
+    checks = stripes * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
+    for pattern, damping, share in ((stripes, 4.0, 1 / 9), (stripes, 0.0, 1.0), (checks, 4.0, (1 + 8**0.5) ** -2)):
+        steps = optimize(
+            0 * pattern, lambda x, p=pattern: {"total": (x - 1 - p).square().mean()}, 2, 1, damping=damping
+        )
         _, (x, _) = steps
-        assert (x * stripes).mean() / x.mean() == pytest.approx(share, rel=1e-3)
+        assert (x * pattern).mean() / x.mean() == pytest.approx(share, rel=1e-3)
     odd = torch.rand(1, 3, 7, 9)
     assert torch.equal(next(optimize(odd, lambda x: {"total": x.mean()}, 1, 1, damping=4.0))[0], odd)
 
