@@ -353,7 +353,7 @@ def test_a_link_stays_one_and_what_a_killed_write_left_is_cleared_up():
 
 
 def test_no_output_is_an_input(tmp_path):
-    photo, folder, link = tmp_path / "a.png", tmp_path / "set", tmp_path / "set" / "link.png"
+    photo, folder, link = tmp_path / "a.png", tmp_path / "set_frames", tmp_path / "set_frames" / "link.png"
     folder.mkdir()
     photo.write_bytes(b"picture")
     link.symlink_to(photo)
@@ -361,9 +361,9 @@ def test_no_output_is_an_input(tmp_path):
     cases = [(photo, photo), (folder / ".." / "a.png", photo), (link, photo), (photo, link), (link, link)]
     cases += [(folder / "new.png", folder), (tmp_path / "folder_link" / "new.png", folder), (folder, link)]
     for output, other in cases:
-        with pytest.raises(InputError, match=r"an input: choose another --output|it is a folder"):
+        with pytest.raises(InputError, match="an input: choose another --output"):
             common.check_outputs([tmp_path / "fine.png", output], [tmp_path / "other.png", other])
-    for output in (folder, photo / "b.png", tmp_path / ("n" * 300 + ".png")):
+    for output in (tmp_path / "folder_link", photo / "b.png", tmp_path / ("n" * 300 + ".png")):
         with pytest.raises(InputError, match="cannot write"):
             common.check_outputs([output], [])
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -473,10 +473,14 @@ def test_a_damaged_checkpoint_is_refused():
             assert "damaged" in str(error)
 
 
-def test_ctrl_c_is_collected_once():
+def test_ctrl_c_is_collected_once(monkeypatch):
     with pytest.raises(KeyboardInterrupt), common.catching_interrupts() as caught:
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun sends several at once
+    with common.catching_interrupts() as caught:
+        signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     with ThreadPoolExecutor() as pool:  # where none arrives
         assert pool.submit(common.catching_interrupts().__enter__).result() == []
@@ -632,6 +636,14 @@ def toy_in(folder, environment, argv):
     toy(argv)
 
 
+def ends(started):
+    """The exit codes of processes, which have 100 s to end."""
+    for process in started:
+        process.join(100)
+        process.kill()
+    return [process.exitcode for process in started]
+
+
 def equal(a, b):
     """Whether two states, of tensors in dictionaries and lists, are the same bit for bit."""
     if isinstance(a, torch.Tensor):
@@ -674,9 +686,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(data, workers, 
 
 @pytest.mark.parametrize(("moment", "reached"), [("--kill-writing", 4), ("--kill-written", 6)])
 def test_killed_at_any_moment(data, moment, reached):
-    (process,) = start("a", "--checkpoint-every", 2, moment, 6, "--workers", 0)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert ends(start("a", "--checkpoint-every", 2, moment, 6, "--workers", 0)) == [-signal.SIGKILL]
     assert common.load_checkpoint(Path("a/toy.checkpoint.pth"))["step"] == reached
     toy(["a", "--resume"])
     toy(["b"])
@@ -686,27 +696,21 @@ def test_killed_at_any_moment(data, moment, reached):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(data, processes):
-    """Sent to the workers as well, as a terminal does; and, as by torchrun, several times to two that train as one."""
+    """Sent to the workers as well, as a terminal does; of two processes that train as one, to one of them."""
     arguments = ["--batch-size", 4, "--workers", 1, "--checkpoint-every", 10**6, "--steps"]
     started = start("a", *arguments, 10**5, processes=processes)
     while "loss" not in (Path("log").read_text() if Path("log").exists() else ""):  # in the progress bar
         assert all(process.is_alive() for process in started)
         time.sleep(0.01)
-    for _ in range(processes):
-        for process in started:
-            os.killpg(process.pid, signal.SIGINT)
-    for process in started:
-        process.join(300)
-    assert [process.exitcode for process in started] == [130] * processes
+    os.killpg(started[-1].pid, signal.SIGINT)
+    assert ends(started) == [130] * processes
     log = Path("log").read_text()
     assert log.count("interrupted") == 1
     assert "Traceback" not in log
     reached = results("a")[0]["step"]
     assert 1 <= reached < 10**5
     for folder in "ab":
-        for process in start(folder, *arguments, reached + 2, "--resume", processes=processes):
-            process.join(300)
-            assert process.exitcode == 0
+        assert ends(start(folder, *arguments, reached + 2, "--resume", processes=processes)) == [0] * processes
     assert equal(results("a"), results("b"))
     toy(["one", *arguments, reached + 2])
     one, several = results("one")[0], results("a")[0]
