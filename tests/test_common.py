@@ -706,6 +706,7 @@ def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(data, processes):
     assert ends(started) == [130] * processes
     log = Path("log").read_text()
     assert log.count("interrupted") == 1
+    assert log.count("ending after this step") == (processes == 1)  # the first process alone says so, and no worker
     assert "Traceback" not in log
     reached = results("a")[0]["step"]
     assert 1 <= reached < 10**5
