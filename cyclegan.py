@@ -302,7 +302,8 @@ def lr_factor(epoch: int, epochs: int, decay_epochs: int) -> float:
 
 def train(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
-    checkpoint, inputs = args.output / "checkpoint.pth", [Path(path) for path in args.data]
+    checkpoint = args.output / "checkpoint.pth"
+    inputs = [Path(folder, path) for path in args.data for folder in ("", "data")]  # where a set is downloaded to
     resume = claim_outputs(checkpoint, [args.export] if args.export else [], inputs, args.resume)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)

@@ -551,7 +551,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_arguments(args: argparse.Namespace) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
-    """What `paint` gets: the content, the styles, and its other arguments by name."""
+    """Read what `paint` gets: content, styles, and its other arguments by name; InputError if it exceeds memory."""
     device = pick_device(args.device)
     style_size = max(1, round(args.image_size * args.style_scale))
     if style_size > MOST_PIXELS:

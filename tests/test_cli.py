@@ -124,6 +124,9 @@ def test_the_command_line_gives_the_picture_of_a_python_call():
     options = {"init": "noise", "scales": 2, "num_steps": 2, "lbfgs_iters": 1, "vgg_weights": "random"}
     result = gatys.stylize(content, [style], **options)
     assert (gatys.load_image("a.png") - result).abs().max() <= 0.5 / 255 + 1e-6
+    first = Path("a.png").read_bytes()
+    gatys_main(CONTENT, STYLE, "--init", "noise", "--scales", "2", "-o", "a.png")
+    assert Path("a.png").read_bytes() == first
 
 
 @pytest.mark.parametrize(("losses", "interrupted"), [([3, 2, 5], False), ([3, 2, 5, 1], True), ([4, 3, 2], False)])

@@ -292,6 +292,8 @@ def test_offline_and_unknown_sets_are_one_clear_line(served, monkeypatch, fails)
     for error in (http.client.IncompleteRead(b""), TimeoutError()):
         monkeypatch.setattr(cyclegan, "download_and_extract_archive", Mock(side_effect=error))
         assert f"horse2zebra.zip ({type(error).__name__}" in fails(cyclegan.main, "train", "horse2zebra")
+    for output in ("horse2zebra", "data/horse2zebra"):  # which the next call would take for the set
+        assert "an input" in fails(cyclegan.main, "train", "horse2zebra", "-o", output)
 
 
 # --- Training ---
@@ -369,6 +371,7 @@ def test_a_bad_command_is_one_clear_line(folders, fails):
         ([folders[1], folders[0], "-o", "a", "--resume"], "another X: "),
         ([*folders, "--load-size", 33, "--crop-size", 64], "--load-size"),
         ([*folders, "--crop-size", 45], "multiple of 4"),
+        ([*folders, "--crop-size", 28, "--max-steps", 1], "--crop-size"),
         ([*folders, "--export", "small"], ".pth"),
         ([*folders, "--export", "model.pth"], "model.pth exists"),
         ([*folders, "--export", "a/checkpoint.pth", "--resume", "a/checkpoint.pth"], "an input"),
@@ -455,9 +458,10 @@ def test_published_generators_give_the_same_pixels(monkeypatch):
 @pytest.mark.parametrize("size", [(37, 53), (96, 24), (5, 9)])
 def test_size_in_is_size_out(size):
     network, x = Generator(1, 4).eval(), torch.rand(1, 3, *size)
-    y = translate(network, x)
+    y = translate(network, x.requires_grad_())
     assert y.shape == x.shape
     assert 0 <= y.min() <= y.max() <= 1
+    assert not y.requires_grad
     y.requires_grad_().sum().backward()  # an ordinary tensor
     with pytest.raises(InputError, match="too small"):
         translate(network, x[..., :4])

@@ -538,6 +538,7 @@ def test_other_tensors_and_precisions_give_nearly_the_same_picture(pictures):
         ({"content": torch.rand(2, 3, 40, 56)}, "shape"),
         ({"content": torch.rand(3, 40, 56)}, "shape"),
         ({"optimizer": "sgd"}, "sgd"),
+        ({"init": "photo"}, "photo"),
         ({"preserve_color": "hue"}, "hue"),
         ({"pooling": "min"}, "min"),
     ],

@@ -427,6 +427,7 @@ def test_a_margin_hides_the_frame(size):
     assert johnson.reflect(row, 5)[0, 0, 5].tolist() == [1, 0, 1, 2, 1, 0, 1, 2, 1, 0, 1, 2, 1]
     with pytest.raises(InputError, match="9×4 px is too small"):
         network(torch.rand(1, 3, 4, 9))
+    assert network(torch.rand(1, 3, 5, 9)).shape == (1, 3, 5, 9)
 
 
 def test_strength_blends_and_colors_can_be_the_photos():
