@@ -111,6 +111,7 @@ class Generator(nn.Module):
     def __init__(self, blocks: int = 9, width: int = 64) -> None:
         super().__init__()
         self.published = False  # by the authors of the paper
+        self.load_size: int | None = None  # of the pictures that it was trained on, if known: their shorter side
 
         def norm_relu(channels: int) -> list[nn.Module]:
             return [nn.InstanceNorm2d(channels), nn.ReLU(inplace=True)]
@@ -482,6 +483,7 @@ def load_generator(path: Path, direction: str = "x2y") -> Generator:
         network = Generator(blocks, width=len(weights["model.1.weight"]))
         network.load_state_dict({name: value.float() for name, value in weights.items()})
         network.published = published
+        network.load_size = None if published else state.get("settings", {}).get("load_size")
         if not all_finite(network.state_dict()):
             raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
@@ -496,13 +498,15 @@ def translate_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     device, model = pick_device(args.device), args.model or MODEL
     network = load_generator(model, args.direction).to(device)
     precision = pick_precision(args.precision, device, exact=network.published)
-    print(f"computing on {device} in {precision}", file=sys.stderr)
+    # Things should have the size that they had in training: of a horse four times as large, it makes no zebra.
+    size = args.image_size or (round(network.load_size * 4 / 3) if network.load_size else None)
+    print(f"computing on {device} in {precision}" + (f", at {size} px" if size else ""), file=sys.stderr)
 
     def transform(image: Tensor) -> Tensor:
         return translate(network, image.to(device), args.precision)
 
     metadata = provenance(command, model=model.name)
-    transform_files(args.inputs, args.output, args.direction, transform, args.image_size, metadata)
+    transform_files(args.inputs, args.output, args.direction, transform, size, metadata)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -551,7 +555,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
     add("--direction", choices=["x2y", "y2x"], default="x2y", help="G, horse to zebra; or F, zebra to horse")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
-    add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
+    add(
+        "--image-size",
+        type=number(int, 1, 65536),
+        help="longer side of the result, in px (default: 4/3 of the training pictures', or the input's own)",
+    )
 
     add_device_arguments(sub)
     args = parser.parse_args(argv)

@@ -486,6 +486,16 @@ def test_translate_files_and_folders(folders):
     assert [path.relative_to("out") for path in common.find_images(Path("out"))] == [p.relative_to("x") for p in x]
 
 
+def test_pictures_are_translated_at_the_size_of_training(folders):
+    """At another size they would hold horses that the network has never seen."""
+    state, x = Generator(1, 4).state_dict(), common.find_images(folders[0])[-1]
+    torch.save({"G": state, "F": state, "settings": {"load_size": 30}}, "model.pth")
+    for side, *flags in ((40,), (24, "--image-size", "24")):
+        cyclegan.main(["translate", str(x), "--model", "model.pth", "-o", "made.png", *flags])
+        with Image.open("made.png") as result:
+            assert max(result.size) == side
+
+
 def test_no_model_is_one_clear_line(folders, fails):
     picture = common.find_images(folders[0])[0]
     state = Generator(1, 4).state_dict()
