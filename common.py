@@ -907,10 +907,11 @@ class Training:
     steps: int
     parts: dict[str, Any]  # what changes from step to step: networks, optimisers
     columns: Sequence[str]  # the losses' names
-    settings: dict[str, Any]  # what a resumed training must have in common with its beginning
+    settings: dict[str, Any]  # what a resumed training must have in common with its beginning …
     inputs: dict[str, dict[str, int]]  # the same for files: fingerprints of what each flag names
     record: dict[str, Any]  # what else the checkpoint holds
     written: Callable[[int], Iterable[str] | None]  # writes samples after a checkpoint; returns warnings, shown once
+    plan: Collection[str] = ()  # … but for those that may change, with a warning
     local: dict[str, list[Any]] = field(default_factory=dict)  # parts that differ between processes
     epoch: int = sys.maxsize  # steps after which a checkpoint is due in any case
 
@@ -996,7 +997,10 @@ class Training:
         try:
             for name, value in self.settings.items():
                 if (before := state["settings"].get(name, value)) != value:
-                    raise InputError(f"{path} was trained with --{name.replace('_', '-')} {before}, not {value}")
+                    message = f"{path} was trained with --{name.replace('_', '-')} {before}, not {value}"
+                    if name not in self.plan:
+                        raise InputError(message)
+                    print(f"warning: {message} as from now", file=sys.stderr)
             for flag, files in self.inputs.items():
                 before = state.get("inputs", {}).get(flag, files)
                 changed = [name for name in before | files if before.get(name) != files.get(name)]

@@ -325,6 +325,7 @@ def train(args: argparse.Namespace, command: Sequence[str]) -> None:
         local={"pools": [gan.pool_X, gan.pool_Y]},
         columns=["epoch", "lr", "total", "G", "F", "cycle", "identity", "D_X", "D_Y"],
         settings=settings,
+        plan=["epochs", "decay_epochs", "load_size"],  # so that a training can be prolonged, and go on to closer views
         inputs={"X": fingerprints(X[0].parent, X), "Y": fingerprints(Y[0].parent, Y)},
         record=record,
         written=lambda step: save_samples(

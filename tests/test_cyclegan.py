@@ -352,6 +352,19 @@ def test_a_training_in_parts_from_the_command_line(folders, spy, monkeypatch):
     assert all(value.dtype == torch.half for value in small["G"].values())
 
 
+def test_a_training_can_be_prolonged(folders, capsys):
+    """At the full rate again, on larger pictures; that the plan has changed is said."""
+    train([*folders, "-o", "a", "--epochs", 0, "--decay-epochs", 1])
+    train([*folders, "-o", "a", "--epochs", 2, "--decay-epochs", 0, "--load-size", 48, "--resume"])
+    warnings = [line.split("trained with ")[1] for line in capsys.readouterr().err.splitlines() if "trained" in line]
+    plan = ["--epochs 0, not 2", "--decay-epochs 1, not 0", "--load-size 36, not 48"]
+    assert warnings == [f"{change} as from now" for change in plan]
+    state = common.load_checkpoint(Path("a/checkpoint.pth"))
+    assert state["step"] == 10
+    assert [row[2] for row in state["history"]] == [pytest.approx(2e-4)] * 2
+    assert state["settings"]["load_size"] == 48
+
+
 def test_the_sheet_shows_both_ways():
     t, x, y = gan(), torch.rand(2, 3, 32, 32), torch.rand(1, 3, 32, 32)
     G, F = t.G, t.F
