@@ -111,7 +111,7 @@ class Generator(nn.Module):
     def __init__(self, blocks: int = 9, width: int = 64) -> None:
         super().__init__()
         self.published = False  # by the authors of the paper
-        self.load_size: int | None = None  # of the pictures that it was trained on, if known: their shorter side
+        self.image_size: int | None = None  # longer side in px at which things are as large as in training, if known
 
         def norm_relu(channels: int) -> list[nn.Module]:
             return [nn.InstanceNorm2d(channels), nn.ReLU(inplace=True)]
@@ -484,7 +484,8 @@ def load_generator(path: Path, direction: str = "x2y") -> Generator:
         network = Generator(blocks, width=len(weights["model.1.weight"]))
         network.load_state_dict({name: value.float() for name, value in weights.items()})
         network.published = published
-        network.load_size = None if published else state.get("settings", {}).get("load_size")
+        if not published and (load_size := state.get("settings", {}).get("load_size")):  # a shorter side
+            network.image_size = round(load_size * 4 / 3)
         if not all_finite(network.state_dict()):
             raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
@@ -499,8 +500,7 @@ def translate_files(args: argparse.Namespace, command: Sequence[str]) -> None:
     device, model = pick_device(args.device), args.model or MODEL
     network = load_generator(model, args.direction).to(device)
     precision = pick_precision(args.precision, device, exact=network.published)
-    # Things should have the size that they had in training: of a horse four times as large, it makes no zebra.
-    size = args.image_size or (round(network.load_size * 4 / 3) if network.load_size else None)
+    size = args.image_size or network.image_size  # of a horse four times as large it would make no zebra
     print(f"computing on {device} in {precision}" + (f", at {size} px" if size else ""), file=sys.stderr)
 
     def transform(image: Tensor) -> Tensor:

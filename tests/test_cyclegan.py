@@ -515,8 +515,9 @@ def test_no_model_is_one_clear_line(folders, fails):
     state["model.1.weight"][0] = math.inf
     torch.save({"G": state, "F": state}, "broken.pth")
     torch.save({"weights": torch.rand(3)}, "foreign.pth")
+    torch.save({name: Generator(1, 4).state_dict() for name in "GF"} | {"settings": {"load_size": "?"}}, "odd.pth")
     torch.save({"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}, "fast.pth")
-    for file in (picture, "broken.pth", "foreign.pth", "fast.pth", "missing.pth", folders[0]):
+    for file in (picture, "broken.pth", "foreign.pth", "fast.pth", "odd.pth", "missing.pth", folders[0]):
         assert str(file) in fails(cyclegan.main, "translate", picture, "--model", file)
 
 
