@@ -63,6 +63,7 @@ class VGG(nn.Module):
         arch: `vgg16`, `vgg19`, or `auto`: VGG-16, or the packaged VGG-19 where no VGG-16 is to be had.
         weights: `auto`, `random` (seeded; for tests), or the path of a torchvision state dict, whole or features only.
         pooling: `max`, as trained, or `avg`, as Gatys et al. use.
+        precision: torch.bfloat16 runs the network in it, by autocast.
 
     Raises:
         InputError: unknown layer, or no weights that fit.
@@ -72,23 +73,29 @@ class VGG(nn.Module):
     std: Tensor
 
     def __init__(
-        self, layers: Sequence[str], arch: str = "auto", weights: str | Path = "auto", pooling: str = "max"
+        self,
+        layers: Sequence[str],
+        arch: str = "auto",
+        weights: str | Path = "auto",
+        pooling: str = "max",
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.arch, state = _load_weights(arch, weights)
+        self.layers, self.precision = list(layers), precision
         features = _architecture(self.arch)
         index = _layer_index(features)
         unknown = [name for name in layers if name not in index]
         if unknown or not layers:
             raise InputError(f"unknown layer {', '.join(unknown) or '(none)'}: {self.arch} has {', '.join(index)}")
-        self.layers = list(layers)
-        self.names = {index[name]: name for name in layers}
-        self.features = features[: max(self.names) + 1]
+        self.name_at = {index[name]: name for name in layers}
+        self.features = features[: max(self.name_at) + 1]
         if pooling not in ("max", "avg"):
             raise InputError(f"unknown pooling {pooling}: choose max or avg")
-        for i, layer in enumerate(self.features):
-            if isinstance(layer, nn.MaxPool2d):
-                self.features[i] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}[pooling](2)
+        if pooling == "avg":
+            for i, layer in enumerate(self.features):
+                if isinstance(layer, nn.MaxPool2d):
+                    self.features[i] = nn.AvgPool2d(2)
         try:
             self.features.load_state_dict({k: state[k] for k in self.features.state_dict()}, assign=True)
         except (KeyError, RuntimeError) as error:  # a tensor is missing, or of another shape
@@ -105,24 +112,24 @@ class VGG(nn.Module):
         """
         layers = self.layers if layers is None else layers
         maps: dict[str, Tensor] = {}
-        x = self.prepare(x)
-        for i, layer in enumerate(self.features):
-            if len(maps) == len(set(layers)):
-                break
-            x = layer(x)
-            if self.names.get(i) in layers:
-                maps[self.names[i]] = x  # safe from torchvision's in-place ReLUs: none follows another ReLU directly
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            x = self.normalize(x)
+            for i, layer in enumerate(self.features):
+                if len(maps) == len(set(layers)):
+                    break
+                x = layer(x)
+                if self.name_at.get(i) in layers:
+                    maps[self.name_at[i]] = x  # no in-place ReLU changes it later: none follows another ReLU directly
         return {name: maps[name] for name in layers}
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Turn images in [0, 1] into the network's input; InputError if they are too small for its deepest layer."""
+    def normalize(self, x: Tensor) -> Tensor:
+        """Turn images in [0, 1] into the network's input; raise InputError if its pooling would leave nothing."""
         least = 2 ** sum(isinstance(layer, nn.MaxPool2d | nn.AvgPool2d) for layer in self.features)
         height, width = x.shape[-2:]
         if min(height, width) < least:
-            raise InputError(
-                f"{width}×{height} px is too small: {self.names[max(self.names)]} needs {least} px a side: "
-                "choose a larger size, or fewer --scales"
-            )
+            deepest = self.name_at[max(self.name_at)]
+            advice = "choose a larger size, or fewer --scales"
+            raise InputError(f"{width}×{height} px is too small: {deepest} needs {least} px a side: {advice}")
         return (x - self.mean) / self.std
 
 
@@ -130,14 +137,14 @@ class VGG(nn.Module):
 def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
     """Return a copy of `vgg` whose layers have a mean activation of 1 over `images`, each (B, 3, H, W) in [0, 1].
 
-    Gatys et al. (§2) do so for every filter, over ImageNet. It brings the losses of all layers, and of VGG-16 and
+    Gatys et al. (§2) do so for every filter, over many images. It brings the losses of all layers, and of VGG-16 and
     VGG-19, to about the same size, so that one set of weights serves them.
 
     Why it stays the same network: ReLU and pooling are positively homogeneous, f(s·x) = s·f(x) for s > 0, so that
     dividing a layer's weights and bias by m > 0 divides its activations by m, and multiplying the next layer's
     weights by m undoes that. Every layer computes what it did, in units of its mean.
     """
-    activations = [vgg.prepare(image) for image in images]
+    activations = [vgg.normalize(image) for image in images]
     rescaled, previous = copy.deepcopy(vgg), 1.0
     for layer, new in zip(vgg.features, rescaled.features, strict=True):
         activations = [layer(a) for a in activations]
@@ -149,32 +156,28 @@ def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
     return rescaled
 
 
-def gram_matrix(features: Tensor) -> Tensor:
-    """G_ij = 1/(C·H·W) Σ_k F_ik F_jk: (B, C, H, W) → (B, C, C), in float32 or better, also under autocast.
+def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Correlate the feature maps: G_ij = 1/C Σ_k w_k F_ik F_jk, (B, C, H, W) → (B, C, C), in float32 or better.
 
-    With it E_l of Gatys et al. (Eq. 4) is ¼ Σ (G − A)², and Johnson's Eq. 4 is Σ (G − A)².
+    Each of the H·W positions k counts w_k = 1/(H·W). A mask T (1, 1, h, w) in [0, 1] makes it T_k² / Σ T²: this is the
+    guided Gram matrix of Gatys et al. 2017, Eq. 4. With G, Gatys' E_l (Eq. 4) is ¼ Σ (G − A)², and Johnson's Eq. 4 is
+    Σ (G − A)².
     """
     _, c, h, w = features.shape
     with torch.autocast(features.device.type, enabled=False):
-        f = features.flatten(2).mT  # (B, H*W, C): the order of channels-last in memory, also of its gradient
-        return _Gram.apply(f.to(torch.promote_types(f.dtype, torch.float32))) / (c * h * w)
+        f = features.flatten(2).mT  # (B, H*W, C): the order of channels-last in memory
+        f = f.to(torch.promote_types(f.dtype, torch.float32))
+        if mask is not None:
+            T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
+            f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
+        return f.mT @ f / (c * h * w)
 
 
-class _Gram(torch.autograd.Function):
-    """Fᵀ F of (B, M, C). Its gradient is one product, laid out in memory as F is, where autograd takes two products."""
-
-    @staticmethod
-    def forward(f: Tensor) -> Tensor:
-        return f.mT @ f
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (f,) = ctx.saved_tensors
-        return f @ (gradient + gradient.mT)
+def pool_mask(mask: Tensor, features: Tensor) -> Tensor:
+    """Average a mask (1, 1, h, w) over the pixels that each position of `features` (B, C, H, W) stands for."""
+    if mask.shape[-2:] == features.shape[-2:]:
+        return mask.to(features.device)
+    return nn.functional.adaptive_avg_pool2d(mask.cpu(), features.shape[-2:]).to(features.device)  # not on Apple's GPU
 
 
 # --- Image files -------------------------------------------------------------------------------------------
