@@ -170,7 +170,10 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
             T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
             f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
-        return f.mT @ f / (c * h * w)
+        G = f.detach().mT @ f  # autograd sees one factor, and takes one product for the gradient, as in Gatys Eq. 6, …
+        if G.requires_grad:
+            G.register_hook(lambda gradient: gradient + gradient.mT)  # … which is with this that of both factors
+        return G / (c * h * w)
 
 
 def pool_mask(mask: Tensor, features: Tensor) -> Tensor:
