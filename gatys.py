@@ -2,40 +2,27 @@
 
     L. A. Gatys, A. S. Ecker, M. Bethge: "Image Style Transfer Using Convolutional Neural Networks", CVPR 2016.
 
-The feature maps F_l of a network trained to recognise objects describe what is in a picture; the correlations G_l
-between them, which forget where things are, describe how it is painted. Start from the content photo and change its
-pixels, by gradient descent through the network, until its F matches the photo's and its G the painting's.
+The feature maps of a network trained to recognise objects say what is in a picture. The correlations between them,
+which forget where things are, say how it is painted. Start from the content photo and change its pixels, by gradient
+descent through the network, until its feature maps match the photo's and its correlations match the painting's.
 
     python gatys.py content.jpg style.jpg                                     # style transfer
     python gatys.py content.jpg style.jpg --content-weight 0 --init noise     # texture synthesis
     python gatys.py content.jpg --style-weight 0 --init noise                 # feature inversion
 
-Where this departs from the paper:
-
-- The content loss is a mean, where Eq. 1 is a sum, which grows with the picture while Eq. 4 does not. So the weights
-  mean the same at every size (the authors' own notebook does likewise).
-- The network is rescaled by one factor a layer, not one a filter, over the two pictures at hand, not ImageNet: over
-  two pictures some filters stay silent, and no factor brings their mean activation to 1.
-- The painting keeps its aspect ratio, and its size relative to the photo is a parameter.
-- A margin of 8 px is painted around the picture and cut off in the end: the network pads with zeros, and that shows as
-  a frame.
-- High frequencies count less in what the optimisation changes than they do in pixels, unless it starts from noise: flat
-  areas keep less grain after as many iterations.
-- The optimisation starts from the content photo in the colours of the painting (`--init noise` is the paper's) and goes
-  from coarse to fine (`--scales 1` is the paper's), both as in Gatys et al., "Controlling Perceptual Factors in Neural
-  Style Transfer", CVPR 2017: large shapes of the style are found at low resolution, in a fraction of the time.
+    x  the picture    F, P  feature maps of x and of the photo         L_content = ½ mean (F − P)²           Eq. 1
+                      G, A  Gram matrices of x and of the painting     E_l = ¼ Σ (G_l − A_l)²                Eq. 3, 4
+                      L_total = α L_content + β Σ_l w_l E_l, made small by L-BFGS, which changes x           Eq. 5, 7
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import io
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -44,622 +31,463 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
-from common import (
-    FORMATS,
-    VGG,
-    ArgumentParser,
-    InputError,
-    add_device_arguments,
-    autocast,
-    catching_interrupts,
-    check_outputs,
-    gram_matrix,
-    keep_color,
-    load_image,
-    luminance,
-    number,
-    one_line_errors,
-    out_of_memory,
-    pick_device,
-    pick_precision,
-    provenance,
-    rescale,
-    save_image,
-    save_losses,
-    say,
-    to_pil,
-    write_file,
-)
+import common
+from common import VGG, InputError, gram_matrix, keep_color, load_image, luminance, pool_mask, rescale
 
 CONTENT_LAYERS = ("relu4_2",)
-PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-MARGIN = 8  # px around the picture, cut off in the end: there the zero padding of the network paints a frame
+STYLE_LAYER_WEIGHTS = (0.2, 0.2, 0.2, 0.2, 0.2)  # w_l of Eq. 5
+PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse; what --protect keeps is compared there
+MARGIN = 8  # px painted around the picture and cut off in the end: the network pads with zeros, which shows as a frame
 
 # --- Losses ------------------------------------------------------------------------------------------------
 
 
-def content_loss(f: Tensor, p: Tensor) -> Tensor:
-    """Half the mean squared difference of the feature maps F of the picture and P of the photo, each (1, N, H, W)."""
-    # Gatys Eq. 1:  L_content = ½ Σ_ij (F_ij − P_ij)²   (here the mean over i, j in place of the sum)
-    return 0.5 * (f.float() - p.float()).square().mean()
+def content_loss(f: Tensor, p: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compare the feature maps F of x and P of the photo, (1, N, H, W); with a mask T, (1, 1, h, w), T∘F and T∘P."""
+    # Gatys Eq. 1:  L_content = ½ Σ_ij (F_ij − P_ij)²
+    # Here it is the mean: the sum grows with the picture, and Eq. 4 does not. So weights mean the same at every size.
+    difference = f.float() - p.float()
+    return 0.5 * (difference if mask is None else pool_mask(mask, f) * difference).square().mean()
 
 
 def style_loss(g: Tensor, a: Tensor) -> Tensor:
-    """E_l, from the Gram matrices G of the picture and A of the painting, each (1, N, N), and over its own M."""
+    """Compute E_l from the Gram matrices G of x and A of the painting, each (1, N, N)."""
     # Gatys Eq. 3:  G_ij = Σ_k F_ik F_jk
     # Gatys Eq. 4:  E_l = 1/(4 N² M²) Σ_ij (G_ij − A_ij)²   (gram_matrix() has already divided by N·M)
     return 0.25 * (g - a).square().sum()
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels of x (1, 3, H, W): a smoothness term that the paper has not."""
+    """Average the squared differences of neighbouring pixels of x (1, 3, H, W). The paper has no such term."""
     return (x[..., 1:, :] - x[..., :-1, :]).square().mean() + (x[..., 1:] - x[..., :-1]).square().mean()
 
 
-def guide(f: Tensor, T: Tensor | None) -> Tensor:
-    """The feature maps F_r of a region r, out of f (1, N, h, w); T (1, 1, H, W) is its mask, None for everywhere."""
-    if T is None:
-        return f
-    f, T = under(T, f)
-    # Gatys et al. 2017, Eq. 4:  F_r = T_r ∘ F  with Σ_i T_r,i² = 1   (here M, as gram_matrix() divides by N·M)
-    F_r = f * (T * (T.numel() / T.square().sum().clamp_min(1e-6)).sqrt()).to(f.dtype)
-    return F_r.mT.unsqueeze(-1)  # (1, N, M, 1)
+class Objective:
+    """The losses of x at one scale. It holds what x is compared with: P of the photo, and A of each painting."""
 
+    def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: argparse.Namespace) -> None:
+        self.vgg, self.args = vgg, args
+        with torch.no_grad():
+            maps = vgg(photo)
+            A = []
+            for k, painting in enumerate(paintings):
+                T = resize_mask(args.painting_masks[k], painting) if args.painting_masks else None
+                A.append({layer: gram_matrix(f, T) for layer, f in vgg(painting, args.style_layers).items()})
 
-def under(T: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """What a mask T (1, 1, H, W) shows of f (1, N, h, w), as (1, M, N), and T there, (1, M, 1): black takes no time."""
-    t = nnf.adaptive_avg_pool2d(T, f.shape[-2:]).flatten()
-    shown = t.nonzero().flatten() if t.any() else t.new_zeros(1, dtype=torch.long)
-    return f.flatten(2).mT.index_select(1, shown), t[shown].view(1, -1, 1)
+        def pool(T: Tensor | None) -> dict[str, Tensor | None]:
+            return {layer: None if T is None else pool_mask(T, f) for layer, f in maps.items()}
 
+        self.styles = [(share, pool(T), a) for share, T, a in place_styles(A, photo, args)]
+        self.protected_layers = () if args.protect is None else PROTECTED_LAYERS
+        self.protect = pool(None if args.protect is None else resize_mask(args.protect, photo, MARGIN))
+        self.P = {layer: maps[layer] for layer in (*args.content_layers, *self.protected_layers)}
 
-class Region(NamedTuple):
-    """A part of the picture that gets a style of its own, or all of it."""
-
-    T: Tensor | None  # its mask (1, 1, H, W), from 0 to 1
-    share: float  # its weight: how much of the picture it is
-    A: dict[str, Tensor]  # the Gram matrices of its style at the style layers
-
-
-def divide(
-    photo: Tensor,
-    A: Sequence[dict[str, Tensor]],
-    blend: Sequence[float],
-    style_masks: Sequence[Tensor] = (),
-    keep: Tensor | None = None,
-) -> list[Region]:
-    """Which style goes where in the photo (1, 3, H, W): all of them everywhere, or each under its mask; none in `keep`.
-
-    A has the Gram matrices of each style at the style layers, `blend` the share of each.
-    """
-    if not style_masks:
-        # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + constant: blending Gram matrices is blending losses.
-        A = [{layer: sum(b * G[layer] for b, G in zip(blend, A, strict=True)) for layer in A[0]}] if A else []
-    T = [on(mask, photo) for mask in style_masks] or [None if keep is None else torch.ones_like(keep)] * len(A)
-    if len(T) < len(A):
-        T.append((1 - sum(T)).clamp(0, 1))  # the last one gets the rest
-    T = T if keep is None else [(1 - keep) * t for t in T]
-    return [Region(t, 1.0 if t is None else t.square().mean().item(), a) for t, a in zip(T, A, strict=True)]
-
-
-def total_loss(
-    x: Tensor,
-    F: dict[str, Tensor],
-    P: dict[str, Tensor],
-    regions: Sequence[Region],
-    alpha: float,
-    beta: float,
-    tv_weight: float = 0.0,
-) -> dict[str, Tensor]:
-    """The loss of the picture x, `total`, and its terms before weighting: `content`, `style`, `variation`.
-
-    F maps layers to the feature maps of x; P has those of the photo at the content layers. A term without layers, and
-    the variation without weight, is 0.
-    """
-    L_content = sum((content_loss(F[layer], P[layer]) for layer in P), x.new_zeros(())) / max(1, len(P))
-    # Gatys Eq. 5:  L_style = Σ_l w_l E_l   with w_l = 1 / number of layers
-    L_style = x.new_zeros(())
-    for T, share, A in regions:
-        w_l = 1 / len(A)
-        E = {layer: style_loss(gram_matrix(guide(F[layer], T)), A[layer]) for layer in A}
-        L_style = L_style + share * sum(w_l * E[layer] for layer in A)
-    # Gatys Eq. 7:  L_total = α L_content + β L_style   (and here the total variation)
-    L_tv = total_variation(x) if tv_weight else x.new_zeros(())
-    L_total = alpha * L_content + beta * L_style + tv_weight * L_tv
-    return {"total": L_total, "content": L_content, "style": L_style, "variation": L_tv}
-
-
-def protection_loss(F: dict[str, Tensor], P: dict[str, Tensor], T: Tensor) -> Tensor:
-    """The content loss inside a mask T (1, 1, H, W), at fine and coarse layers: those of P."""
-    losses = []
-    for layer in P:
-        (f, t), (p, _) = under(T, F[layer]), under(T, P[layer])
-        losses.append(0.5 * (t * (f - p)).square().sum() / P[layer].numel())
-    return torch.stack(losses).mean()
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the `total` loss of x (1, 3, H, W), and its terms `content`, `style`, … before weighting."""
+        F, args = self.vgg(x), self.args
+        L_content, L_style, L_protected = x.new_zeros(3)
+        for layer in args.content_layers:
+            L_content = L_content + content_loss(F[layer], self.P[layer]) / len(args.content_layers)
+        # Gatys Eq. 5:  L_style = Σ_l w_l E_l   (for each style)
+        for share, T, A in self.styles:
+            for layer, w_l in zip(args.style_layers, args.style_layer_weights, strict=True):
+                L_style = L_style + share * w_l * style_loss(gram_matrix(F[layer], T[layer]), A[layer])
+        # Gatys Eq. 7:  L_total = α L_content + β L_style   (and here the total variation, and what is protected)
+        alpha, beta = args.content_weight, args.style_weight
+        L_tv = total_variation(x) if args.tv_weight else x.new_zeros(())
+        L_total = alpha * L_content + beta * L_style + args.tv_weight * L_tv
+        losses = {"total": L_total, "content": L_content, "style": L_style, "variation": L_tv}
+        if args.protect is not None:
+            for layer in self.protected_layers:
+                L_protected = L_protected + content_loss(F[layer], self.P[layer], self.protect[layer])
+            losses["protected"] = L_protected / len(self.protected_layers)
+            losses["total"] = L_total + args.protect_weight * losses["protected"]
+        return losses
 
 
 # --- Style transfer ----------------------------------------------------------------------------------------
 
 
 def paint(
-    content: Tensor,
-    styles: Sequence[Tensor] = (),
-    *,
-    alpha: float = 1.0,
-    beta: float = 30.0,
-    tv_weight: float = 0.0,
-    content_layers: Sequence[str] = CONTENT_LAYERS,
-    style_layers: Sequence[str] = STYLE_LAYERS,
-    style_blend: Sequence[float] | None = None,
-    num_steps: int = 16,
-    lbfgs_iters: int = 2,
-    scales: int | None = None,
-    optimizer: str = "lbfgs",
-    lr: float | None = None,
-    init: str = "recolored",
-    preserve_color: str | None = None,
-    style_masks: Sequence[Tensor] = (),
-    painting_masks: Sequence[Tensor] = (),
-    protect: Tensor | None = None,
-    protect_weight: float = 30.0,
-    pooling: str = "avg",
-    vgg: str = "vgg19",
-    vgg_weights: str | Path = "auto",
-    seed: int = 0,
-    precision: str = "auto",
+    content: Tensor, styles: Sequence[Tensor], args: argparse.Namespace
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
     """Paint `content` in the style of `styles`; yield the picture and its losses after every step.
 
     Args:
-        content: (1, 3, H, W) in [0, 1]; pictures are yielded on its device.
-        styles: each (1, 3, h, w) in [0, 1], of any size: brush strokes come out as large in px as they are there.
-        alpha, beta, tv_weight: α and β of Eq. 7, and the weight of the total variation.
-        content_layers, style_layers: names such as `relu4_2`.
-        style_blend: one share for each style; None for equal shares.
-        num_steps, lbfgs_iters: steps at full size, and iterations in each; every coarser scale has twice as many steps.
-        scales: how many sizes to go through, each half the next; None goes down to a longer side of 192 px or more.
-        optimizer, lr: `lbfgs` (learning rate 1 by default) or `adam` (0.02 of the range of a pixel).
-        init: what to start from: `content`, `recolored` (the content in the styles' colours), `style`, or `noise`
-            (white, from `seed`).
-        preserve_color: `luminance` paints in grey and puts the content's colours back; `histogram` gives the styles the
-            content's colours first.
-        style_masks: where in the content each style goes, (1, 1, h, w) in [0, 1] of any size, one for each style; the
-            last one may be left out: it gets the rest. None for everywhere.
-        painting_masks: likewise from where in each style it is taken, one for each.
-        protect, protect_weight: where to keep the content as it is, (1, 1, h, w) in [0, 1], and how strongly.
-        pooling, vgg, vgg_weights: of the network; see `common.VGG`.
-        precision: of the network: `float32`, `bfloat16`, or `auto`, bfloat16 where the device has it natively.
-
-    Yields:
-        (picture (1, 3, h, w) in [0, 1] at the size of the present scale, the losses of `total_loss`).
-
-    Raises:
-        InputError: arguments that contradict each other.
-        Diverged: the loss is no longer finite.
+        content, styles: images (1, 3, H, W) in [0, 1], each of any size.
+        args: what `settings` or `parse_args` returns, with tensors (1, 1, h, w) in [0, 1] for its masks.
     """
-    blend = check_arguments(content, styles, alpha, beta, style_blend, optimizer, init, preserve_color)
-    check_masks(styles, style_masks, painting_masks)
-    content_layers = content_layers if alpha else ()
-    style_layers, style_masks, painting_masks = (style_layers, style_masks, painting_masks) if beta else ((), (), ())
-    protected_layers = () if protect is None else PROTECTED_LAYERS
-    dtype = pick_precision(precision, content.device)
-    colored = content
-    if preserve_color == "histogram":
-        styles = [match_color(style, [content]).clamp(0, 1) for style in styles]
-    elif preserve_color == "luminance":
-        styles = [match_luminance(style, content) for style in styles]
-        content = luminance(content).expand_as(content)
-
-    def at(factor: float) -> tuple[Tensor, list[Tensor]]:
+    x: Tensor | None = None
+    for factor, steps in scale_steps(args, content):
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
-        return photo, [resize(style, factor) for style in styles if style_layers]
-
-    factors = scale_factors(content, scales)  # …, ¼, ½, 1
-    photo, paintings = at(factors[0])
-    phi = VGG([*content_layers, *style_layers, *protected_layers], vgg, vgg_weights, pooling).to(content.device)
-    phi = rescale(phi, [photo] * bool(content_layers or protected_layers) + paintings)
-    x = start(init, photo, styles, blend, seed)
-    if protect is not None:
-        x = torch.lerp(x, photo, on(protect, photo))
-
-    def features(image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        with autocast(image.device, dtype):
-            return phi(image, layers)
-
-    for factor in factors:
-        photo, paintings = at(factor)
-        if factor > factors[0]:
+        paintings = [resize(style, factor) for style in styles] if args.style_layers else []
+        if x is None:
+            layers = [*args.content_layers, *args.style_layers, *(() if args.protect is None else PROTECTED_LAYERS)]
+            precision = common.pick_precision(args.precision, content.device)
+            vgg = VGG(layers, args.vgg, args.vgg_weights, args.pooling, precision).to(content.device)
+            # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
+            # some filters are silent in all of them, and no factor brings their mean activation to 1.
+            vgg = rescale(vgg, paintings if layers == args.style_layers else [photo, *paintings])
+            x = start(photo, styles, args)
+        else:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
             x = nnf.pad(x, [MARGIN] * 4, mode="replicate")
-        with torch.no_grad():
-            P = features(photo, [*content_layers, *protected_layers])
-            A = []
-            for painting, mask in zip(paintings, painting_masks or [None] * len(paintings), strict=True):
-                f = features(painting, style_layers)
-                mask = None if mask is None else on(mask, painting, margin=0)
-                A.append({layer: gram_matrix(guide(f[layer], mask)) for layer in style_layers})
-        keep = None if protect is None else on(protect, photo)
-        regions = divide(photo, A, blend, style_masks, keep)
-
-        def objective(x: Tensor, P: dict = P, regions: list = regions, keep: Tensor | None = keep) -> dict[str, Tensor]:
-            F = features(x, [*P, *style_layers])
-            losses = total_loss(x, F, {layer: P[layer] for layer in content_layers}, regions, alpha, beta, tv_weight)
-            if keep is not None:
-                losses["protected"] = protection_loss(F, {layer: P[layer] for layer in protected_layers}, keep)
-                losses["total"] = losses["total"] + protect_weight * losses["protected"]
-            return losses
-
-        damping = 4.0 if optimizer == "lbfgs" and init != "noise" else 0.0
-        for picture, losses in optimize(x, objective, round(num_steps / factor), lbfgs_iters, optimizer, lr, damping):
+        for picture, losses in optimize(x, Objective(vgg, photo, paintings, args), steps, args):
             x = picture[..., MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
-            yield keep_color(x, resize(colored, factor)) if preserve_color == "luminance" else x, losses
+            yield x, losses
 
 
 def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Tensor:
-    """Paint `content` (1, 3, H, W) in [0, 1] in the style of `styles`; arguments and errors are those of `paint`.
+    """Paint `content` in the style of `styles`, images (1, 3, H, W) in [0, 1], each of any size; return the picture.
 
-    Returns:
-        The picture of the least loss at full size, (1, 3, H, W) in [0, 1].
+    Options are the flags of the command line, with underscores: `style_weight=100`. Masks are tensors (1, 1, h, w) in
+    [0, 1], of any size. InputError says what is wrong with an argument.
     """
-    best = None
-    for frame in paint(content, styles, **options):  # type: ignore[arg-type]
-        best = better(frame, best)
-    return best[0]
+    args = settings(content, styles, **options)
+    picture, _ = min(paint(*prepare_colors(content, styles, args.preserve_color), args), key=rank)
+    return finish(picture, content, args)
 
 
-Frame = tuple[Tensor, dict[str, float]]
-
-
-def better(frame: Frame, best: Frame | None) -> Frame:
-    """Which of a frame of `paint` and the best one before it to keep: the finer one, or that with the lesser loss."""
-    if best is None or frame[0].shape != best[0].shape or frame[1]["total"] <= best[1]["total"]:
-        return frame
-    return best
+def start(photo: Tensor, styles: Sequence[Tensor], args: argparse.Namespace) -> Tensor:
+    """Make the picture to start from, of the photo's size (1, 3, H, W). The paper's is noise, or one of the images."""
+    x, (h, w) = photo, photo.shape[-2:]
+    if args.init == "recolored" and styles:  # the photo in the colours of the painting: they need few steps, then
+        x = match_color(photo, styles, args.style_blend).clamp(0, 1)
+    if args.init == "noise":  # drawn on the CPU, so that every device starts from the same
+        x = torch.rand(photo.shape, generator=torch.Generator().manual_seed(args.seed)).to(photo)
+    if args.init == "style":
+        cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
+        size = [math.ceil(side * cover) for side in styles[0].shape[-2:]]
+        covering = nnf.interpolate(styles[0].float().cpu(), size, mode="bicubic", antialias=True).clamp(0, 1)
+        x = center_crop(covering, [h, w]).to(photo)
+    return x if args.protect is None else torch.lerp(x, photo, resize_mask(args.protect, photo, MARGIN).to(x))
 
 
 def optimize(
-    x: Tensor,
-    objective: Callable[[Tensor], dict[str, Tensor]],
-    num_steps: int,
-    lbfgs_iters: int,
-    optimizer: str = "lbfgs",
-    lr: float | None = None,
-    damping: float = 0.0,
+    x: Tensor, objective: Callable[[Tensor], dict[str, Tensor]], num_steps: int, args: argparse.Namespace
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
     """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls; yield the picture after every step.
 
-    A step is `lbfgs_iters` iterations of L-BFGS or Adam, each one evaluation of the objective and its gradient. What
-    is yielded is the picture that was evaluated last, with all values of its objective. The larger `damping` is, the
-    less do high frequencies count in the unknown.
-
-    Raises:
-        Diverged: the loss is no longer finite.
+    A step is `args.lbfgs_iters` iterations of the optimiser, each one evaluation of the objective and its gradient.
+    What is yielded is the picture that was evaluated last, with all values of its objective.
     """
-    # torch's L-BFGS has absolute thresholds. All changes of its first move sum to 1 at most: in this unit that is 1/100
-    # of white a value, at every size. And it passes over curvatures below 1e-10: the gain lets every loss start large.
-    unit, gain = x.numel() / 100, None
-    # z is a change of the pixels in which high frequencies count less (Mordvintsev et al. 2018). The gradient of pixels
-    # is full of them, and few iterations would leave in flat areas what the first ones did: grain, a lattice of dots.
-    # Noise is full of them as well, and needs an undamped change to lose them; Adam moves each value by its rate.
+    # The first move of torch's L-BFGS changes all values by 1 in sum. In this unit, by 1/100 of white each.
+    unit = x.numel() / 100
+    # It ignores curvatures below 1e-10. With this gain every loss starts at 1e6, far from there.
+    gain: Tensor | None = None
+    # Noise is full of high frequencies, and only an undamped change can remove them. Adam moves all values alike.
+    damping = 4.0 if args.optimizer == "lbfgs" and args.init != "noise" else 0.0
     x_0, z = x, torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
-    fy, fx = torch.fft.fftfreq(x.shape[-2], device=x.device), torch.fft.rfftfreq(x.shape[-1], device=x.device)
-    gains = 1 / (1 + damping * torch.hypot(fy[:, None], fx))  # of frequencies up to ½ a pixel: (H, W/2 + 1)
-    method: torch.optim.Optimizer
-    if optimizer == "lbfgs":
-        rate, n = 1.0 if lr is None else lr, lbfgs_iters
-        method = torch.optim.LBFGS([z], rate, n, max_eval=2 * n, history_size=20, tolerance_grad=0, tolerance_change=0)
-    else:
-        method = torch.optim.Adam([z], (0.02 if lr is None else lr) / unit)
+    n, method = args.lbfgs_iters, torch.optim.Adam([z], args.lr / unit)  # type: int, torch.optim.Optimizer
+    if args.optimizer == "lbfgs":
+        method = torch.optim.LBFGS([z], args.lr, n, 2 * n, history_size=20, tolerance_grad=0, tolerance_change=0)
     losses: dict[str, Tensor] = {}
 
     def closure() -> Tensor:
         nonlocal x, losses, gain
         method.zero_grad()
-        # Not clamped: that would cut off the gradient of all pixels beyond [0, 1].
-        x = x_0 + unit * torch.fft.irfft2(gains * torch.fft.rfft2(z), s=z.shape[-2:])
+        x = x_0 + unit * smooth(z, damping)  # not clamped: that would cut off the gradient of pixels beyond [0, 1]
         losses = objective(x)
         gain = 1e6 / losses["total"].detach().clamp_min(1e-6) if gain is None else gain
         (gain * losses["total"]).backward()
         return gain * losses["total"].detach()
 
     for step in range(1, num_steps + 1):
-        for _ in range(1 if optimizer == "lbfgs" else lbfgs_iters):
+        for _ in range(1 if args.optimizer == "lbfgs" else n):
             method.step(closure)
         values = torch.stack(list(losses.values())).tolist()
         if not all(map(math.isfinite, values)):
-            raise Diverged(f"the loss is no longer finite in step {step}: try a smaller --lr, or smaller weights")
+            raise InputError(f"the loss is no longer finite in step {step}: try a smaller --lr, or smaller weights")
         yield x.detach(), dict(zip(losses, values, strict=True))
 
 
-class Diverged(InputError):
-    """The loss is no longer a finite number."""
+def smooth(z: Tensor, damping: float) -> Tensor:
+    """Divide each frequency of z (1, 3, H, W) by 1 + damping · cycles per pixel, as an equaliser does.
+
+    The paper changes the pixels themselves. Their gradient is full of high frequencies, and few iterations leave grain
+    in flat areas. x_0 + smooth(z) can still become any picture, but coarse changes come first: preconditioning
+    (Mordvintsev et al., "Differentiable Image Parameterizations", 2018).
+    """
+    if damping == 0:
+        return z
+    fy, fx = torch.fft.fftfreq(z.shape[-2]), torch.fft.rfftfreq(z.shape[-1])
+    gains = 1 / (1 + damping * torch.hypot(fy[:, None], fx)).to(z.device)  # of frequencies up to ½: (H, W/2 + 1)
+    return torch.fft.irfft2(gains * torch.fft.rfft2(z), s=z.shape[-2:])
 
 
-def scale_factors(content: Tensor, scales: int | None) -> list[float]:
-    """…, ¼, ½, 1: as many as `scales`; None keeps the longer side of `content` at 192 px or more."""
-    if scales is None:
+# ===========================================================================================================
+# Nothing below is in the paper: scales, masks and colours (Gatys et al., "Controlling Perceptual Factors in
+# Neural Style Transfer", CVPR 2017), files, the command line.
+# ===========================================================================================================
+
+
+def scale_steps(args: argparse.Namespace, content: Tensor) -> list[tuple[float, int]]:
+    """Plan the scales from coarse to fine, …, ¼, ½, 1 (2017, §6), and the steps of each; one scale is the paper's."""
+    scales = args.scales
+    if scales is None:  # the longer side of the coarsest is 192 px or more
         scales = 1 + max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))
-    return [0.5**k for k in reversed(range(scales))]
+    return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
 
 
 def resize(image: Tensor, factor: float) -> Tensor:
-    """Scale (1, 3, H, W) down by `factor` ≤ 1, smoothly."""
+    """Scale an image (1, 3, H, W) down by `factor` ≤ 1, smoothly, on the CPU as not every device can."""
     image = image.detach().float()
-    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
     if factor == 1:
         return image
-    smooth = nnf.interpolate(image.cpu(), size, mode="bicubic", antialias=True)  # on the CPU, as not every device can
-    return smooth.clamp(0, 1).to(image.device)
+    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
+    return nnf.interpolate(image.cpu(), size, mode="bicubic", antialias=True).clamp(0, 1).to(image.device)
 
 
-def on(mask: Tensor, image: Tensor, margin: int = MARGIN) -> Tensor:
-    """Scale a mask (1, 1, h, w) to the size of an image with a margin."""
+def resize_mask(mask: Tensor, image: Tensor, margin: int = 0) -> Tensor:
+    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; return it on the CPU."""
     size = [side - 2 * margin for side in image.shape[-2:]]
-    mask = nnf.interpolate(mask.float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
-    return nnf.pad(mask, [margin] * 4, mode="replicate").to(image.device)
+    mask = nnf.interpolate(mask.detach().float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
+    return nnf.pad(mask, [margin] * 4, mode="replicate")
 
 
-def start(init: str, photo: Tensor, styles: Sequence[Tensor], blend: Sequence[float], seed: int) -> Tensor:
-    """The picture to start from, as large as the photo (1, 3, H, W); `init` is that of `paint`."""
-    if init == "content" or (init == "recolored" and not styles):
-        return photo
-    if init == "recolored":
-        return match_color(photo, styles, blend).clamp(0, 1)
-    if init == "noise":  # drawn on the CPU, so that every device starts from the same
-        return torch.rand(photo.shape, generator=torch.Generator().manual_seed(seed)).to(photo)
-    h, w = photo.shape[-2:]
-    cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
-    size = [math.ceil(side * cover) for side in styles[0].shape[-2:]]
-    covering = nnf.interpolate(styles[0].cpu(), size, mode="bicubic", antialias=True).clamp(0, 1)
-    return center_crop(covering, [h, w]).to(photo.device)
+def place_styles(
+    A: Sequence[dict[str, Tensor]], photo: Tensor, args: argparse.Namespace
+) -> list[tuple[float, Tensor | None, dict[str, Tensor]]]:
+    """Decide where each style goes: its share in the loss, its mask T (None: everywhere), and its Gram matrices A."""
+    if not A:
+        return []
+    free = torch.ones(1, 1, *photo.shape[-2:])
+    if args.protect is not None:
+        free = 1 - resize_mask(args.protect, photo, MARGIN)
+    if not args.style_masks:
+        # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + a constant: to blend styles is to blend their Gram matrices.
+        blended = {layer: sum(b * a[layer] for b, a in zip(args.style_blend, A, strict=True)) for layer in A[0]}
+        return [(free.mean().item(), None if args.protect is None else free, blended)]
+    T = [resize_mask(mask, photo, MARGIN) for mask in args.style_masks]
+    if len(T) < len(A):
+        T.append((1 - sum(T)).clamp(0, 1))  # the last style goes where the others leave room
+    covered = (sum(T).clamp(max=1) * free).mean().item()  # the sum of all shares
+    T = [free * t for t in T]
+    parts = [b * t.mean().item() for b, t in zip(args.style_blend, T, strict=True)]
+    return [(covered * part / max(sum(parts), 1e-9), t, a) for part, t, a in zip(parts, T, A, strict=True)]
 
 
 def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float] | None = None) -> Tensor:
-    """Map the colours of `image` (1, 3, H, W) affinely, so that their mean and covariance are those of `targets`.
+    """Map the colours of an image (1, 3, H, W) so that their mean and covariance are those of `targets`.
 
-    `shares` says how much each target counts; None: all the same.
+    `shares`, which sum to 1, say how much each target counts; None: all the same.
     """
 
     def statistics(images: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-        pixels = torch.cat([image.flatten(2)[0] for image in images], dim=1).double().cpu()  # (3, pixels)
-        sizes = torch.tensor([image[0, 0].numel() for image in images])
-        weights = (torch.tensor(shares).double() / sizes).repeat_interleave(sizes)  # of each pixel
-        mean = (pixels * weights).sum(1, keepdim=True) / weights.sum()
-        return mean, (pixels - mean) * weights @ (pixels - mean).T / weights.sum()
+        pixels = [image.flatten(2)[0].cpu().double() for image in images]  # (3, H*W)
+        mean = sum(b * p.mean(1, keepdim=True) for b, p in zip(shares, pixels, strict=True))
+        return mean, sum(b * (p - mean) @ (p - mean).T / p.shape[1] for b, p in zip(shares, pixels, strict=True))
 
     def power(C: Tensor, exponent: float, least: float) -> Tensor:
         values, vectors = torch.linalg.eigh(C)
         return vectors * values.clamp_min(least) ** exponent @ vectors.T
 
-    # Gatys et al. 2017, §5.2:  x ↦ A x + b  with A C_x Aᵀ = C_s. Of all such A the symmetric one, the linear Monge map,
-    # moves colours least:  A = C_x^-½ (C_x^½ C_s C_x^½)^½ C_x^-½
-    (mean_x, C_x), (mean_s, C_s) = statistics([image], [1.0]), statistics(targets, shares or [1.0] * len(targets))
+    # 2017, §5.2:  x ↦ A x + b  with A C_x Aᵀ = C_s. Of all such A the symmetric one moves colours least: the linear
+    # Monge map (Pitié & Kokaram 2007),  A = C_x^-½ (C_x^½ C_s C_x^½)^½ C_x^-½
+    mean_x, C_x = statistics([image], [1.0])
+    mean_s, C_s = statistics(targets, shares or [1 / len(targets) for _ in targets])
     root, inverse = (power(C_x, exponent, 1e-4) for exponent in (0.5, -0.5))  # no less: that would amplify noise
     A = inverse @ power(root @ C_s @ root, 0.5, 0.0) @ inverse
-    matched = A @ (image.flatten(2)[0].double().cpu() - mean_x) + mean_s
+    matched = A @ (image.flatten(2)[0].cpu().double() - mean_x) + mean_s
     return matched.view(image.shape).to(image)
 
 
 def match_luminance(style: Tensor, content: Tensor) -> Tensor:
-    """`style` in grey, with the mean and the standard deviation of the luminance of `content`, both (1, 3, h, w)."""
+    """Turn `style` grey, with the mean and the standard deviation of the luminance of `content`, both (1, 3, h, w)."""
     L_s, L_c = luminance(style), luminance(content)
-    # Gatys et al. 2017, §5.1:  L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
+    # 2017, §5.1:  L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
     matched = L_c.std() / L_s.std().clamp_min(1e-3) * (L_s - L_s.mean()) + L_c.mean()
     return matched.clamp(0, 1).expand_as(style)
 
 
-# ===========================================================================================================
-# Nothing below is in the paper: checks, files, the command line.
-# ===========================================================================================================
+def prepare_colors(content: Tensor, styles: Sequence[Tensor], way: str | None) -> tuple[Tensor, Sequence[Tensor]]:
+    """Give the paintings the photo's colours (`histogram`), or turn all grey (`luminance`), before painting."""
+    if way == "histogram":
+        return content, [match_color(style, [content]).clamp(0, 1) for style in styles]
+    if way == "luminance":
+        return luminance(content).expand_as(content), [match_luminance(style, content) for style in styles]
+    return content, styles
+
+
+def finish(picture: Tensor, content: Tensor, args: argparse.Namespace) -> Tensor:
+    """Scale a picture of `paint` up to the size of `content`; put its colours back if only the luminance is painted."""
+    if picture.shape != content.shape:
+        size = content.shape[-2:]
+        picture = nnf.interpolate(picture.cpu(), size, mode="bicubic", antialias=True).clamp(0, 1).to(content.device)
+    return keep_color(picture, content) if args.preserve_color == "luminance" else picture
+
+
+def rank(frame: tuple[Tensor, dict[str, float]]) -> tuple[int, float]:
+    """Sort what `paint` yields, the best first: a larger picture before a smaller one, then by the loss."""
+    return -frame[0].numel(), frame[1]["total"]
+
+
+# --- Settings ----------------------------------------------------------------------------------------------
 
 MOST_PIXELS = 16383  # of the longer side: what WebP holds
-BYTES_PER_PIXEL = {torch.bfloat16: 3000, torch.float32: 3500}  # that the default layers take on a CPU (measured)
-
-
-def check_arguments(
-    content: Tensor,
-    styles: Sequence[Tensor],
-    alpha: float,
-    beta: float,
-    style_blend: Sequence[float] | None,
-    optimizer: str,
-    init: str,
-    preserve_color: str | None,
-) -> list[float]:
-    """Raise InputError where the arguments of `paint` contradict each other; return the share of each style."""
-    if any(image.ndim != 4 or image.shape[:2] != (1, 3) for image in [content, *styles]):
-        raise InputError("images must be of shape (1, 3, H, W)")
-    if optimizer not in ("lbfgs", "adam") or init not in ("recolored", "content", "style", "noise"):
-        raise InputError(f"unknown optimizer {optimizer} or init {init}")
-    if preserve_color not in (None, "luminance", "histogram"):
-        raise InputError(f"unknown way to preserve color: {preserve_color}")
-    if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
-        raise InputError("nothing to do: --content-weight or --style-weight must be positive")
-    if not styles and (beta or init == "style"):
-        raise InputError("a style image is needed, unless --style-weight is 0 and --init is not style")
-    shares = style_blend or [1.0] * len(styles)
-    if len(shares) != len(styles) or (styles and sum(shares) <= 0):
-        raise InputError(f"--style-blend needs {len(styles)} shares, one for each style image, not all 0")
-    return [share / sum(shares) for share in shares]
-
-
-def check_masks(styles: Sequence[Tensor], style_masks: Sequence[Tensor], painting_masks: Sequence[Tensor]) -> None:
-    """Raise InputError if there are not as many masks as styles, or none; the last of `style_masks` may be left out."""
-    if len(style_masks) not in (0, len(styles) - 1, len(styles)):
-        raise InputError(f"--style-masks needs {len(styles)} masks, one for each style image, or one less")
-    if len(painting_masks) not in (0, len(styles)):
-        raise InputError(f"--painting-masks needs {len(styles)} masks, one for each style image")
+MASKS = ("style_masks", "painting_masks", "protect")
+FILE_FLAGS = (
+    "content styles output image_size style_scale center_crop save_mask save_gif save_all save_losses device".split()
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; InputError on a mistake. What `paint` has a default for gets that default."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
-    layers = {"nargs": "+", "metavar": "LAYER"}
-    defaults = {name: p.default for name, p in inspect.signature(paint).parameters.items()}
-
-    def add(*names: str, **options: object) -> None:
-        dest = options.get("dest", names[-1].lstrip("-").replace("-", "_"))
-        default = defaults.get(dest) if names[-1].startswith("-") else None
-        parser.add_argument(*names, **{"default": default} | options)  # type: ignore[arg-type]
-
-    def scales(text: str) -> float | None:
-        return None if text == "auto" else number(int, 1, 16)(text)
-
+    """Read the command line; raise InputError on a mistake."""
+    parser = common.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
+    add, number = parser.add_argument, common.number
+    layers = {"nargs": "+", "metavar": "LAYER", "help": "of relu1_1 … relu5_4"}
+    masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
+    outputs = f"of {', '.join(common.FORMATS)} (default: <content>_<style>.png)"
+    auto = "sizes to go through, each half the next (default: auto, from about 192 px)"
+    colors = "keep the photo's colours (default: the painting's)"
     add("content", type=Path, help="photo: what to paint")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
-    add("-o", "--output", type=Path, help=f"of {', '.join(FORMATS)} (default: <content>_<style>.png)")
+    add("-o", "--output", type=Path, help=outputs)
     add("--image-size", type=number(int, 1, MOST_PIXELS), default=512, help="longer side of the result, in px")
-    add("--center-crop", action="store_true", default=False, help="crop all images to their central square first")
+    add("--center-crop", action="store_true", help="crop all images to their central square first")
     add("--style-scale", type=number(), default=1.0, help="longer side of the style image, relative to the result's")
-    add("--content-weight", dest="alpha", metavar="α", type=number(), help="α of Eq. 7")
-    add("--style-weight", dest="beta", metavar="β", type=number(), help="β of Eq. 7")
-    add("--tv-weight", type=number(), help="weight of the total variation, for smoothness")
-    add("--content-layers", **layers, help="of relu1_1 … relu5_4")
-    add("--style-layers", **layers, help="of relu1_1 … relu5_4")
+    add("--content-weight", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
+    add("--style-weight", type=number(), default=30.0, metavar="β", help="β of Eq. 7")
+    add("--tv-weight", type=number(), default=0.0, help="weight of the total variation, for smoothness")
+    add("--content-layers", default=CONTENT_LAYERS, **layers)
+    add("--style-layers", default=STYLE_LAYERS, **layers)
+    add("--style-layer-weights", nargs="+", type=number(), metavar="W", help="w_l of Eq. 5 (default: equal, 1 in sum)")
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
-    add("--num-steps", type=number(int, 1, 10**6), help="steps at full size; each coarser scale has twice as many")
-    add("--lbfgs-iters", type=number(int, 1, 10**6), help="iterations of the optimiser in each step")
-    add("--scales", type=scales, help="sizes to go through, each half the next (default: auto, from about 192 px)")
-    add("--optimizer", choices=["lbfgs", "adam"], help="the paper's is L-BFGS")
-    add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
-    add("--init", choices=["recolored", "content", "style", "noise"], help="start; the paper's is noise")
     add(
-        "--preserve-color",
-        choices=["luminance", "histogram"],
-        help="keep the photo's colours (default: the painting's)",
+        "--num-steps", type=number(int, 1, 10**6), default=16, help="at full size; each coarser scale has twice as many"
     )
-    masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
+    add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of the optimiser in each step")
+    add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), metavar="N", help=auto)
+    add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
+    add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
+    starts = ["recolored", "content", "style", "noise"]
+    add("--init", choices=starts, default="recolored", help="what to start from; the paper's is noise")
+    add("--preserve-color", choices=["luminance", "histogram"], help=colors)
     add("--style-masks", **masks, help="where in the photo each style goes: white on black; the last gets the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
     add("--protect", metavar="MASK", help="keep the photo where this picture is white; faces: find them")
-    add("--protect-weight", type=number(), help="how strongly")
-    add("--save-mask", action="store_true", default=False, help="write what is protected to <output>_mask.png")
-    add("--pooling", choices=["avg", "max"], help="the paper's is avg")
-    add("--vgg", choices=["vgg19", "vgg16", "auto"], help="the paper's is vgg19; it needs no download")
-    add("--vgg-weights", metavar="FILE", help="torchvision state dict, or random")
-    add("--save-gif", action="store_true", default=False, help="write the optimisation as an animation, <output>.gif")
-    add("--save-all", action="store_true", default=False, help="write the picture of every step to <output>_frames/")
-    add("--save-losses", action="store_true", default=False, help="write <output>_losses.csv and its plot, .png")
-    add("--seed", type=number(int, most=2**63), help="of the white noise")
-    add_device_arguments(parser)
-    args = parser.parse_args(argv)
+    add("--protect-weight", type=number(), default=30.0, help="how strongly")
+    add("--save-mask", action="store_true", help="write what is protected to <output>_mask.png")
+    add("--pooling", choices=["avg", "max"], default="avg", help="the paper's is avg")
+    add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="the paper's is vgg19; it needs no download")
+    add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict, or random")
+    add("--save-gif", action="store_true", help="write the optimisation as an animation, <output>.gif")
+    add("--save-all", action="store_true", help="write the picture of every step to <output>_frames/")
+    add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, .png")
+    add("--seed", type=number(int, most=2**63), default=0, help="of the white noise")
+    common.add_device_arguments(parser)
+    return complete(parser.parse_intermixed_args(argv))
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Check what depends on several flags, and fill in the defaults that do."""
+    n, layers = len(args.styles), len(args.style_layers)
+    if args.content_weight + args.style_weight == 0:
+        raise InputError("nothing to do: --content-weight or --style-weight must be positive")
+    if not n and (args.style_weight or args.init == "style"):
+        raise InputError("a style image is needed, unless --style-weight is 0 and --init is not style")
+    if args.save_mask and not args.protect:
+        raise InputError("--save-mask writes what --protect keeps: name a mask, or faces")
+    if args.image_size * args.style_scale > MOST_PIXELS:
+        raise InputError(f"--style-scale {args.style_scale:g} makes the style image larger than {MOST_PIXELS} px")
+    blend = args.style_blend or [1.0 for _ in args.styles]
+    if args.style_layer_weights is None:
+        tuned = tuple(args.style_layers) == STYLE_LAYERS
+        args.style_layer_weights = STYLE_LAYER_WEIGHTS if tuned else [1 / layers for _ in args.style_layers]
+    for flag, values, counts, each in (
+        ("--style-masks", args.style_masks, (0, n - 1, n), f"{n} masks, one for each style image, or one less"),
+        ("--painting-masks", args.painting_masks, (0, n), f"{n} masks, one for each style image"),
+        (
+            "--style-blend",
+            blend,
+            (n,) if sum(blend) or not n else (),
+            f"{n} shares, one for each style image, not all 0",
+        ),
+        ("--style-layer-weights", args.style_layer_weights, (layers,), f"{layers} weights, one for each style layer"),
+    ):
+        if len(values) not in counts:
+            raise InputError(f"{flag} needs {each}")
+    args.style_blend = [share / sum(blend) for share in blend]
+    if not args.content_weight:  # a term without weight is not computed
+        args.content_layers = ()
+    if not args.style_weight:
+        args.style_layers = args.style_layer_weights = ()
+    if args.lr is None:
+        args.lr = 1.0 if args.optimizer == "lbfgs" else 0.02
     if args.output is None:
         names = [path.stem for path in args.styles] or ["inversion"]
         args.output = Path("_".join([args.content.stem, *names]) + ".png")
     return args
 
 
-def load_arguments(args: argparse.Namespace) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
-    """Read what `paint` gets: content, styles, and its other arguments by name; InputError if it exceeds memory."""
-    device = pick_device(args.device)
+def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> argparse.Namespace:
+    """Turn the arguments of `stylize` into what `parse_args` returns for such flags; raise InputError on a mistake."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("the pixels are changed by their gradient: call this outside of torch.inference_mode()")
+    argv = ["content", *["style" for _ in styles]]
+    for name, value in options.items():
+        if name in FILE_FLAGS or name not in vars(parse_args(["content", "style"])):
+            raise InputError(
+                f"unknown option {name}: it is none of the flags in python gatys.py --help, or for files only"
+            )
+        if name in MASKS and value is not None:
+            value = ["mask" for _ in value]
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        argv += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
+    args = parse_args(argv)
+    vars(args).update({name: options.get(name) for name in MASKS})
+    check_images([content, *styles], 3)
+    check_images(
+        [*(args.style_masks or ()), *(args.painting_masks or ())] + ([] if args.protect is None else [args.protect]), 1
+    )
+    return args
+
+
+def check_images(images: Sequence[Tensor], channels: int) -> None:
+    """Raise InputError if one of them is no image tensor, or no mask."""
+    for image in images:
+        fits = isinstance(image, Tensor) and image.ndim == 4 and image.shape[:2] == (1, channels)
+        if not (fits and image.is_floating_point() and image.min() > -0.01 and image.max() < 1.01):
+            what = "image" if channels == 3 else "mask"
+            raise InputError(f"every {what} must be a float tensor (1, {channels}, H, W) with values from 0 to 1")
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
+    """Read the photo and the paintings that the command line names, and put its masks into `args` as tensors."""
+    device, crop = common.pick_device(args.device), args.center_crop
+    content = load_image(args.content, args.image_size, crop).to(device)
     style_size = max(1, round(args.image_size * args.style_scale))
-    if style_size > MOST_PIXELS:
-        raise InputError(f"--style-scale {args.style_scale:g} makes the style image larger than {MOST_PIXELS} px")
-    content = load_image(args.content, args.image_size, args.center_crop).to(device)
-    styles = [load_image(path, style_size, args.center_crop).to(device) for path in args.styles]
-    precision = pick_precision(args.precision, device)
-    check_memory(content, styles, precision)
-    print(f"computing on {device} in {precision}", file=sys.stderr)
-    parameters = inspect.signature(paint).parameters.values()
-    options = {p.name: getattr(args, p.name) for p in parameters if p.kind == p.KEYWORD_ONLY}
-    for name in ("style_masks", "painting_masks"):
-        options[name] = [load_mask(path, args.center_crop) for path in getattr(args, name)]
+    styles = [load_image(path, style_size, crop).to(device) for path in args.styles]
+    args.style_masks = [load_mask(path, crop) for path in args.style_masks]
+    args.painting_masks = [load_mask(path, crop) for path in args.painting_masks]
     if args.protect:
-        faces = args.protect == "faces"
-        options["protect"] = find_faces(content) if faces else load_mask(Path(args.protect), args.center_crop)
-    return content, styles, options
-
-
-def run(args: argparse.Namespace, command: Sequence[str]) -> None:
-    """Stylise files as the command line says, and write the picture and what else was asked for."""
-    stem = args.output.with_suffix("")
-    gif, table, folder, mask = (Path(f"{stem}{end}") for end in (".gif", "_losses.csv", "_frames", "_mask.png"))
-    extras = [gif] * args.save_gif + [table, table.with_suffix(".png")] * args.save_losses + [folder] * args.save_all
-    extras += [mask] * args.save_mask
-    pictures = [args.content, *args.styles, *args.style_masks, *args.painting_masks]
-    pictures += [Path(args.protect)] if args.protect not in (None, "faces") else []
-    if args.save_mask and not args.protect:
-        raise InputError("--save-mask writes what --protect keeps: name a mask, or faces")
-    check_outputs([args.output, *extras], pictures, FORMATS)
-    content, styles, options = load_arguments(args)
-    if args.save_mask and options["protect"] is not None:
-        save_image(on(options["protect"], content, margin=0).expand_as(content), mask)
-    factors = scale_factors(content, args.scales)
-    # The share of the work that each step is: twice as many steps a coarser scale, each a quarter of the work.
-    shares = [f**2 for f in factors for _ in range(round(args.num_steps / f))]
-    steps = len(shares)
-    best: Frame | None = None
-    failure: Exception | None = None
-    best_step, history = 0, []  # type: int, list[list[float]]
-    frames = [to_pil(enlarge(content, content, most=384))]
-    bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}", smoothing=0)
-    with catching_interrupts() as interrupts, bar:
-        try:
-            for frame in paint(content, styles, **options):
-                image, losses = frame
-                history.append([len(history) + 1, *losses.values()])
-                best = better(frame, best)
-                best_step = len(history) if best is frame else best_step
-                bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in losses.items()), refresh=False)
-                bar.update(min(1 - bar.n, shares[len(history) - 1] / sum(shares)))
-                if args.save_gif:
-                    frames.append(to_pil(enlarge(image, content, most=384)))
-                if args.save_all:
-                    save_frame(image, folder, len(history))
-                if interrupts:
-                    break
-        except Exception as error:  # what there is is saved first
-            failure = error
-            if out_of_memory(error):
-                size = max(content.shape[-2:])
-                fits = f"about --image-size {int(0.7 * size)} is likely to fit"  # half the pixels
-                failure = InputError(f"out of memory at {size} px: {fits}")
-        if best is None:
-            raise failure or KeyboardInterrupt
-        losses = ", ".join(f"{name} {value:.6g}" for name, value in best[1].items())
-        record = provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=losses)
-        save_image(enlarge(best[0], content), args.output, record)
-        if args.save_losses:
-            save_losses(["step", *best[1]], history, table)
-        if args.save_gif:
-            save_gif(frames, gif)
-    if failure or interrupts:
-        print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
-        raise failure or SystemExit(130)
-    say(args.output)
-
-
-def check_memory(content: Tensor, styles: Sequence[Tensor], precision: torch.dtype) -> None:
-    """Raise InputError if the pictures will not fit into the memory of a Linux machine, or of a container on it."""
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if content.device.type != "cpu" or not meminfo.exists():
-        return  # torch itself tells
-    free = 1024 * next(float(line.split()[1]) for line in meminfo.open() if line.startswith("MemAvailable:"))
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, float(text))
-    pixels = max([content[0, 0].numel(), *(style[0, 0].numel() / 4 for style in styles)])  # styles need no gradient
-    longer = max(content.shape[-2:])
-    fitting = int(longer * math.sqrt(free / pixels / BYTES_PER_PIXEL[precision]))
-    if fitting < longer:
-        raise InputError(f"not enough memory for {longer} px: about --image-size {fitting} is likely to fit")
+        args.protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), crop)
+    print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
+    return content, styles
 
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
-    """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black, to 1, white."""
-    return luminance(load_image(path, None, center_crop))
+    """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black or transparent, to 1, white."""
+    mask = luminance(load_image(path, None, center_crop))
+    if mask.max() - mask.min() < 0.1:
+        print(f"warning: the mask {path} is the same everywhere: {mask.mean():.0%} white", file=sys.stderr)
+    return mask
 
 
 def find_faces(image: Tensor) -> Tensor | None:
-    """A mask (1, 1, H, W) with a soft ellipse on each face in `image`, found by MTCNN (Zhang et al. 2016); or None."""
+    """Return a mask (1, 1, H, W) with a soft ellipse on each face, found by MTCNN (Zhang et al. 2016); None if none."""
     try:
         from facenet_pytorch import MTCNN
     except ImportError as error:
         message = "--protect faces needs a detector: pip install requests, and pip install --no-deps facenet-pytorch"
         raise InputError(message) from error
-    boxes, _ = MTCNN(keep_all=True).detect(to_pil(image))
+    boxes, _ = MTCNN(keep_all=True).detect(common.to_pil(image))
     if boxes is None:
-        print("no face found: nothing is protected", file=sys.stderr)
+        print("no face found: nothing is protected, and there is no mask to write", file=sys.stderr)
         return None
     mask = torch.zeros(1, 1, *image.shape[-2:])
     y, x = (torch.arange(side).float() for side in image.shape[-2:])
@@ -667,51 +495,76 @@ def find_faces(image: Tensor) -> Tensor | None:
         # The box ends at brows and chin: an ellipse of 1.4 times its sides, half faded 0.2 further out
         dx = (x - (left + right) / 2) / (0.7 * (right - left))
         dy = (y - (top + bottom) / 2) / (0.7 * (bottom - top))
-        radius = (dx.square() + dy.square()[:, None]).sqrt()
-        mask = torch.maximum(mask, ((1.2 - radius) / 0.4).clamp(0, 1))
+        mask = torch.maximum(mask, ((1.2 - torch.hypot(dx, dy[:, None])) / 0.4).clamp(0, 1))
     return mask
 
 
-def enlarge(image: Tensor, content: Tensor, most: int = MOST_PIXELS) -> Tensor:
-    """Scale a picture of a coarse scale up to the size of `content`, or to a longer side of `most` px."""
-    height, width = content.shape[-2:]
-    shrink = min(1.0, most / max(height, width))
-    size = [max(1, round(height * shrink)), max(1, round(width * shrink))]
-    if size == list(image.shape[-2:]):
-        return image
-    return nnf.interpolate(image.cpu(), size, mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def save_frame(image: Tensor, folder: Path, step: int) -> None:
-    """Write <folder>/<step>.png; in the first step, remove those of an earlier run, which may have had more steps."""
-    for old in folder.glob("[0-9][0-9][0-9][0-9].png") if step == 1 else ():
+def run(args: argparse.Namespace, command: Sequence[str]) -> None:
+    """Paint files as the command line says. Whatever stops it, the best picture so far is written."""
+    inputs = [args.content, *args.styles, *args.style_masks, *args.painting_masks]
+    inputs += [Path(args.protect)] if args.protect not in (None, "faces") else []
+    ends = (".gif", "_losses.csv", "_losses.png", "_frames", "_mask.png")
+    gif, table, plot, folder, mask = (Path(f"{args.output.with_suffix('')}{end}") for end in ends)
+    flags = (args.save_gif, args.save_losses, args.save_losses, args.save_all, args.save_mask)
+    extras = [path for flag, path in zip(flags, (gif, table, plot, folder, mask), strict=True) if flag]
+    common.check_outputs([args.output, *extras], inputs, common.FORMATS)
+    content, styles = load(args)
+    if args.save_mask and args.protect is not None:
+        common.save_image(resize_mask(args.protect, content).expand_as(content), mask)
+    for old in folder.glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # an earlier run may have had more
         old.unlink()
-    save_image(image, folder / f"{step:04d}.png")
+    steps = sum(steps for _, steps in scale_steps(args, content))
+    best, best_step, history, frames, stopped = None, 0, [], [common.to_pil(content)], None
+    with tqdm(total=steps, unit="step") as bar:
+        try:
+            for frame in paint(*prepare_colors(content, styles, args.preserve_color), args):
+                history.append([len(history) + 1, *frame[1].values()])
+                if best is None or rank(frame) <= rank(best):
+                    best, best_step = frame, len(history)
+                bar.update()
+                bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in frame[1].items()))
+                if args.save_gif or args.save_all:
+                    picture = finish(frame[0], content, args)
+                if args.save_gif:
+                    frames.append(common.to_pil(picture))
+                if args.save_all:
+                    common.save_image(picture, folder / f"{len(history):04d}.png")
+        except (Exception, KeyboardInterrupt) as error:
+            stopped = error
+    if stopped and common.out_of_memory(stopped):
+        size = max(content.shape[-2:])  # of which 0.7 has half the pixels
+        stopped = InputError(f"out of memory at {size} px: about --image-size {int(0.7 * size)} is likely to fit")
+    if best is None:
+        raise stopped
+    losses = ", ".join(f"{name} {value:.6g}" for name, value in best[1].items())
+    record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=losses)
+    common.save_image(finish(best[0], content, args), args.output, record)
+    if args.save_losses:
+        common.save_losses(["step", *best[1]], history, table)
+    if args.save_gif:
+        save_gif(frames, gif)
+    if stopped:
+        print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
+        raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped
+    print(args.output)
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 5.0, most: int = 3_000_000) -> None:
-    """Write an animation that fades from the first frame into the second and rests on the last, of `most` bytes."""
-    first, second, *rest = frames
-    both = Image.new("RGB", (first.width, 2 * first.height))  # the colours of the beginning and of the end
-    both.paste(first)
-    both.paste(frames[-1], (0, first.height))
-    palette = both.quantize(96)
-    frames = [Image.blend(first, second, k / 8) for k in range(8)] + [second, *rest]
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    while True:
-        durations = [1000 * seconds / len(frames)] * (len(frames) - 1) + [2000]
-        data = io.BytesIO()
-        frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-        if data.tell() <= most or len(frames) < 10:
-            break
-        frames = [*frames[:-1:2], frames[-1]]  # every second one
-    write_file(data.getvalue(), path)
+def save_gif(frames: Sequence[Image.Image], path: Path, most: int = 48) -> None:
+    """Write an animation of five seconds that fades from the first frame into the second and rests on the last."""
+    frames = [*frames[: -1 : math.ceil(len(frames) / most)], frames[-1]]
+    for frame in frames:
+        frame.thumbnail((384, 384))
+    frames = [Image.blend(frames[0], frames[1], k / 8) for k in range(8)] + frames[1:]
+    frames = [frame.quantize(96, dither=Image.Dither.NONE) for frame in frames]
+    data, times = io.BytesIO(), [5000 / len(frames) for _ in frames[1:]] + [2000]
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    common.write_file(data.getvalue(), path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 on a failure that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    with one_line_errors():
+    with common.one_line_errors():
         run(parse_args(argv), ["python", "gatys.py", *argv])
 
 
