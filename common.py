@@ -176,11 +176,20 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
         return G / (c * h * w)
 
 
-def pool_mask(mask: Tensor, features: Tensor) -> Tensor:
+def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
     """Average a mask (1, 1, h, w) over the pixels that each position of `features` (B, C, H, W) stands for."""
-    if mask.shape[-2:] == features.shape[-2:]:
-        return mask.to(features.device)
+    if mask is None or mask.shape[-2:] == features.shape[-2:]:
+        return mask
     return nn.functional.adaptive_avg_pool2d(mask.cpu(), features.shape[-2:]).to(features.device)  # not on Apple's GPU
+
+
+def check_images(images: Sequence[Tensor], channels: int = 3) -> None:
+    """Raise InputError if one of `images` is no image tensor; a mask has one of the channels."""
+    for x in images:
+        fits = isinstance(x, Tensor) and x.ndim == 4 and x.shape[:2] == (1, channels) and x.is_floating_point()
+        if not fits or not -0.01 < x.min() <= x.max() < 1.01:
+            got = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"not a float tensor (1, {channels}, H, W) with values from 0 to 1: {got}")
 
 
 # --- Image files -------------------------------------------------------------------------------------------

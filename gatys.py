@@ -17,16 +17,14 @@ descent through the network, until its feature maps match the photo's and its co
 
 from __future__ import annotations
 
-import argparse
-import io
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
@@ -39,6 +37,7 @@ STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 STYLE_LAYER_WEIGHTS = (0.2, 0.2, 0.2, 0.2, 0.2)  # w_l of Eq. 5
 PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse; what --protect keeps is compared there
 MARGIN = 8  # px painted around the picture and cut off in the end: the network pads with zeros, which shows as a frame
+Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W) in [0, 1], and its losses
 
 # --- Losses ------------------------------------------------------------------------------------------------
 
@@ -66,64 +65,56 @@ def total_variation(x: Tensor) -> Tensor:
 class Objective:
     """The losses of x at one scale. It holds what x is compared with: P of the photo, and A of each painting."""
 
-    def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: argparse.Namespace) -> None:
+    def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> None:
         self.vgg, self.args = vgg, args
+        A = []
         with torch.no_grad():
             maps = vgg(photo)
-            A = []
-            for k, painting in enumerate(paintings):
-                T = resize_mask(args.painting_masks[k], painting) if args.painting_masks else None
+            for painting, mask in zip(paintings, args.painting_masks, strict=False):
+                T = resize_mask(mask, painting)
                 A.append({layer: gram_matrix(f, T) for layer, f in vgg(painting, args.style_layers).items()})
-
-        def pool(T: Tensor | None) -> dict[str, Tensor | None]:
-            return {layer: None if T is None else pool_mask(T, f) for layer, f in maps.items()}
-
-        self.styles = [(share, pool(T), a) for share, T, a in place_styles(A, photo, args)]
-        self.protected_layers = () if args.protect is None else PROTECTED_LAYERS
-        self.protect = pool(None if args.protect is None else resize_mask(args.protect, photo, MARGIN))
-        self.P = {layer: maps[layer] for layer in (*args.content_layers, *self.protected_layers)}
+        keep = resize_mask(args.protect, photo, MARGIN)
+        self.styles = []  # of each style: its share, its mask at each layer, its Gram matrices
+        for share, T, grams in place_styles(A, photo, keep, args):
+            self.styles.append((share, {layer: pool_mask(T, maps[layer]) for layer in grams}, grams))
+        self.keep = {} if keep is None else {layer: pool_mask(keep, maps[layer]) for layer in PROTECTED_LAYERS}
+        self.P = {layer: maps[layer] for layer in (*args.content_layers, *self.keep)}
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Return the `total` loss of x (1, 3, H, W), and its terms `content`, `style`, … before weighting."""
         F, args = self.vgg(x), self.args
-        L_content, L_style, L_protected = x.new_zeros(3)
+        L_content = L_style = L_tv = L_protected = x.new_zeros(())
         for layer in args.content_layers:
             L_content = L_content + content_loss(F[layer], self.P[layer]) / len(args.content_layers)
-        # Gatys Eq. 5:  L_style = Σ_l w_l E_l   (for each style)
+        # Gatys Eq. 5:  L_style = Σ_l w_l E_l   (of each style)
         for share, T, A in self.styles:
             for layer, w_l in zip(args.style_layers, args.style_layer_weights, strict=True):
                 L_style = L_style + share * w_l * style_loss(gram_matrix(F[layer], T[layer]), A[layer])
-        # Gatys Eq. 7:  L_total = α L_content + β L_style   (and here the total variation, and what is protected)
+        if args.tv_weight:
+            L_tv = total_variation(x)
+        for layer, T in self.keep.items():
+            L_protected = L_protected + content_loss(F[layer], self.P[layer], T) / len(self.keep)
+        # Gatys Eq. 7:  L_total = α L_content + β L_style   (and two terms that the paper has not)
         alpha, beta = args.content_weight, args.style_weight
-        L_tv = total_variation(x) if args.tv_weight else x.new_zeros(())
-        L_total = alpha * L_content + beta * L_style + args.tv_weight * L_tv
+        L_total = alpha * L_content + beta * L_style + args.tv_weight * L_tv + args.protect_weight * L_protected
         losses = {"total": L_total, "content": L_content, "style": L_style, "variation": L_tv}
-        if args.protect is not None:
-            for layer in self.protected_layers:
-                L_protected = L_protected + content_loss(F[layer], self.P[layer], self.protect[layer])
-            losses["protected"] = L_protected / len(self.protected_layers)
-            losses["total"] = L_total + args.protect_weight * losses["protected"]
-        return losses
+        return losses | ({"protected": L_protected} if self.keep else {})
 
 
 # --- Style transfer ----------------------------------------------------------------------------------------
 
 
-def paint(
-    content: Tensor, styles: Sequence[Tensor], args: argparse.Namespace
-) -> Iterator[tuple[Tensor, dict[str, float]]]:
+def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterator[Frame]:
     """Paint `content` in the style of `styles`; yield the picture and its losses after every step.
 
-    Args:
-        content, styles: images (1, 3, H, W) in [0, 1], each of any size.
-        args: what `settings` or `parse_args` returns, with tensors (1, 1, h, w) in [0, 1] for its masks.
+    Images are (1, 3, H, W) in [0, 1], each of any size; `args` is what `settings` returns.
     """
-    x: Tensor | None = None
+    x = None
     for factor, steps in scale_steps(args, content):
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
-        paintings = [resize(style, factor) for style in styles] if args.style_layers else []
+        paintings = [resize(style, factor) for style in styles if args.style_layers]
         if x is None:
-            layers = [*args.content_layers, *args.style_layers, *(() if args.protect is None else PROTECTED_LAYERS)]
+            layers = [*args.content_layers, *args.style_layers, *([] if args.protect is None else PROTECTED_LAYERS)]
             precision = common.pick_precision(args.precision, content.device)
             vgg = VGG(layers, args.vgg, args.vgg_weights, args.pooling, precision).to(content.device)
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
@@ -145,43 +136,40 @@ def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -
     [0, 1], of any size. InputError says what is wrong with an argument.
     """
     args = settings(content, styles, **options)
-    picture, _ = min(paint(*prepare_colors(content, styles, args.preserve_color), args), key=rank)
-    return finish(picture, content, args)
+    frames = paint(*prepare_colors(content, styles, args), args)
+    best, _ = min(frames, key=lambda frame: (-frame[0].numel(), frame[1]["total"]))  # at full size, the least loss
+    return finish(best, content, args)
 
 
-def start(photo: Tensor, styles: Sequence[Tensor], args: argparse.Namespace) -> Tensor:
+def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
     """Make the picture to start from, of the photo's size (1, 3, H, W). The paper's is noise, or one of the images."""
     x, (h, w) = photo, photo.shape[-2:]
-    if args.init == "recolored" and styles:  # the photo in the colours of the painting: they need few steps, then
+    if args.init == "recolored" and styles:  # not in the paper: few steps are needed from there
         x = match_color(photo, styles, args.style_blend).clamp(0, 1)
     if args.init == "noise":  # drawn on the CPU, so that every device starts from the same
         x = torch.rand(photo.shape, generator=torch.Generator().manual_seed(args.seed)).to(photo)
     if args.init == "style":
         cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
-        size = [math.ceil(side * cover) for side in styles[0].shape[-2:]]
-        covering = nnf.interpolate(styles[0].float().cpu(), size, mode="bicubic", antialias=True).clamp(0, 1)
-        x = center_crop(covering, [h, w]).to(photo)
+        x = center_crop(resize(styles[0], cover, math.ceil), [h, w])
     return x if args.protect is None else torch.lerp(x, photo, resize_mask(args.protect, photo, MARGIN).to(x))
 
 
-def optimize(
-    x: Tensor, objective: Callable[[Tensor], dict[str, Tensor]], num_steps: int, args: argparse.Namespace
-) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls; yield the picture after every step.
+def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, args: Namespace) -> Iterator[Frame]:
+    """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls; yield it and its losses after each step.
 
     A step is `args.lbfgs_iters` iterations of the optimiser, each one evaluation of the objective and its gradient.
-    What is yielded is the picture that was evaluated last, with all values of its objective.
     """
-    # The first move of torch's L-BFGS changes all values by 1 in sum. In this unit, by 1/100 of white each.
+    # The first move of torch's L-BFGS changes all values by 1 in sum. In this unit that is 1/100 of white each.
     unit = x.numel() / 100
-    # It ignores curvatures below 1e-10. With this gain every loss starts at 1e6, far from there.
+    # L-BFGS ignores curvatures below 1e-10. With this gain every loss starts at 1e6, far from there.
     gain: Tensor | None = None
-    # Noise is full of high frequencies, and only an undamped change can remove them. Adam moves all values alike.
+    # Noise is full of high frequencies, and only an undamped change removes them. Adam moves all values alike.
     damping = 4.0 if args.optimizer == "lbfgs" and args.init != "noise" else 0.0
     x_0, z = x, torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
-    n, method = args.lbfgs_iters, torch.optim.Adam([z], args.lr / unit)  # type: int, torch.optim.Optimizer
-    if args.optimizer == "lbfgs":
-        method = torch.optim.LBFGS([z], args.lr, n, 2 * n, history_size=20, tolerance_grad=0, tolerance_change=0)
+    method: torch.optim.Optimizer = torch.optim.Adam([z], args.lr / unit)
+    n, calls = args.lbfgs_iters, args.lbfgs_iters
+    if args.optimizer == "lbfgs":  # which does all iterations of a step in one call
+        method, calls = torch.optim.LBFGS([z], args.lr, n, 2 * n, 0, 0, history_size=20), 1
     losses: dict[str, Tensor] = {}
 
     def closure() -> Tensor:
@@ -194,7 +182,7 @@ def optimize(
         return gain * losses["total"].detach()
 
     for step in range(1, num_steps + 1):
-        for _ in range(1 if args.optimizer == "lbfgs" else n):
+        for _ in range(calls):
             method.step(closure)
         values = torch.stack(list(losses.values())).tolist()
         if not all(map(math.isfinite, values)):
@@ -205,9 +193,8 @@ def optimize(
 def smooth(z: Tensor, damping: float) -> Tensor:
     """Divide each frequency of z (1, 3, H, W) by 1 + damping · cycles per pixel, as an equaliser does.
 
-    The paper changes the pixels themselves. Their gradient is full of high frequencies, and few iterations leave grain
-    in flat areas. x_0 + smooth(z) can still become any picture, but coarse changes come first: preconditioning
-    (Mordvintsev et al., "Differentiable Image Parameterizations", 2018).
+    The paper changes the pixels themselves. Few iterations leave grain, then: their gradient is full of it. With this,
+    coarse changes come first, and every picture can still be reached (Mordvintsev et al., Distill 2018).
     """
     if damping == 0:
         return z
@@ -217,49 +204,45 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 
 
 # ===========================================================================================================
-# Nothing below is in the paper: scales, masks and colours (Gatys et al., "Controlling Perceptual Factors in
-# Neural Style Transfer", CVPR 2017), files, the command line.
+# Nothing below is in the paper: scales, masks, colours (Gatys et al., "Controlling Perceptual Factors in Neural Style
+# Transfer", CVPR 2017), files, the command line.
 # ===========================================================================================================
 
 
-def scale_steps(args: argparse.Namespace, content: Tensor) -> list[tuple[float, int]]:
+def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     """Plan the scales from coarse to fine, …, ¼, ½, 1 (2017, §6), and the steps of each; one scale is the paper's."""
-    scales = args.scales
-    if scales is None:  # the longer side of the coarsest is 192 px or more
-        scales = 1 + max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))
+    scales = args.scales or 1 + max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))  # from 192 px or more
     return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
 
 
-def resize(image: Tensor, factor: float) -> Tensor:
-    """Scale an image (1, 3, H, W) down by `factor` ≤ 1, smoothly, on the CPU as not every device can."""
-    image = image.detach().float()
+def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
+    """Scale an image (1, 3, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
     if factor == 1:
-        return image
-    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
-    return nnf.interpolate(image.cpu(), size, mode="bicubic", antialias=True).clamp(0, 1).to(image.device)
+        return image.detach().float()
+    size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
+    smaller = nnf.interpolate(image.detach().float().cpu(), size, mode="bicubic", antialias=True)
+    return smaller.clamp(0, 1).to(image.device)
 
 
-def resize_mask(mask: Tensor, image: Tensor, margin: int = 0) -> Tensor:
-    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; return it on the CPU."""
+def resize_mask(mask: Tensor | None, image: Tensor, margin: int = 0) -> Tensor | None:
+    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; keep it on the CPU. None stays None."""
+    if mask is None:
+        return None
     size = [side - 2 * margin for side in image.shape[-2:]]
     mask = nnf.interpolate(mask.detach().float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
     return nnf.pad(mask, [margin] * 4, mode="replicate")
 
 
-def place_styles(
-    A: Sequence[dict[str, Tensor]], photo: Tensor, args: argparse.Namespace
-) -> list[tuple[float, Tensor | None, dict[str, Tensor]]]:
-    """Decide where each style goes: its share in the loss, its mask T (None: everywhere), and its Gram matrices A."""
+def place_styles(A: Sequence[dict], photo: Tensor, keep: Tensor | None, args: Namespace) -> list[tuple]:
+    """Decide where styles go; return of each its share of the loss, its mask (None: everywhere), its Gram matrices."""
     if not A:
         return []
-    free = torch.ones(1, 1, *photo.shape[-2:])
-    if args.protect is not None:
-        free = 1 - resize_mask(args.protect, photo, MARGIN)
-    if not args.style_masks:
+    free = torch.ones(1, 1, *photo.shape[-2:]) if keep is None else 1 - keep
+    T = [resize_mask(mask, photo, MARGIN) for mask in args.style_masks]
+    if not T:
         # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + a constant: to blend styles is to blend their Gram matrices.
         blended = {layer: sum(b * a[layer] for b, a in zip(args.style_blend, A, strict=True)) for layer in A[0]}
-        return [(free.mean().item(), None if args.protect is None else free, blended)]
-    T = [resize_mask(mask, photo, MARGIN) for mask in args.style_masks]
+        return [(free.mean().item(), None if keep is None else free, blended)]
     if len(T) < len(A):
         T.append((1 - sum(T)).clamp(0, 1))  # the last style goes where the others leave room
     covered = (sum(T).clamp(max=1) * free).mean().item()  # the sum of all shares
@@ -269,10 +252,7 @@ def place_styles(
 
 
 def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float] | None = None) -> Tensor:
-    """Map the colours of an image (1, 3, H, W) so that their mean and covariance are those of `targets`.
-
-    `shares`, which sum to 1, say how much each target counts; None: all the same.
-    """
+    """Map the colours of an image to the mean and the covariance of those of `targets`, which count by `shares`."""
 
     def statistics(images: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
         pixels = [image.flatten(2)[0].cpu().double() for image in images]  # (3, H*W)
@@ -293,6 +273,15 @@ def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float
     return matched.view(image.shape).to(image)
 
 
+def prepare_colors(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> tuple[Tensor, Sequence[Tensor]]:
+    """Before painting, give the paintings the photo's colours (`histogram`), or turn all grey (`luminance`)."""
+    if args.preserve_color == "histogram":
+        return content, [match_color(style, [content]).clamp(0, 1) for style in styles]
+    if args.preserve_color == "luminance":
+        return luminance(content).expand_as(content), [match_luminance(style, content) for style in styles]
+    return content, styles
+
+
 def match_luminance(style: Tensor, content: Tensor) -> Tensor:
     """Turn `style` grey, with the mean and the standard deviation of the luminance of `content`, both (1, 3, h, w)."""
     L_s, L_c = luminance(style), luminance(content)
@@ -301,52 +290,30 @@ def match_luminance(style: Tensor, content: Tensor) -> Tensor:
     return matched.clamp(0, 1).expand_as(style)
 
 
-def prepare_colors(content: Tensor, styles: Sequence[Tensor], way: str | None) -> tuple[Tensor, Sequence[Tensor]]:
-    """Give the paintings the photo's colours (`histogram`), or turn all grey (`luminance`), before painting."""
-    if way == "histogram":
-        return content, [match_color(style, [content]).clamp(0, 1) for style in styles]
-    if way == "luminance":
-        return luminance(content).expand_as(content), [match_luminance(style, content) for style in styles]
-    return content, styles
-
-
-def finish(picture: Tensor, content: Tensor, args: argparse.Namespace) -> Tensor:
-    """Scale a picture of `paint` up to the size of `content`; put its colours back if only the luminance is painted."""
+def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
+    """After painting, scale a picture up to the size of `content`, and put colours back if it was painted in grey."""
     if picture.shape != content.shape:
-        size = content.shape[-2:]
-        picture = nnf.interpolate(picture.cpu(), size, mode="bicubic", antialias=True).clamp(0, 1).to(content.device)
+        large = nnf.interpolate(picture.cpu(), content.shape[-2:], mode="bicubic", antialias=True)
+        picture = large.clamp(0, 1).to(picture.device)
     return keep_color(picture, content) if args.preserve_color == "luminance" else picture
 
 
-def rank(frame: tuple[Tensor, dict[str, float]]) -> tuple[int, float]:
-    """Sort what `paint` yields, the best first: a larger picture before a smaller one, then by the loss."""
-    return -frame[0].numel(), frame[1]["total"]
+# --- The command line --------------------------------------------------------------------------------------
 
 
-# --- Settings ----------------------------------------------------------------------------------------------
-
-MOST_PIXELS = 16383  # of the longer side: what WebP holds
-MASKS = ("style_masks", "painting_masks", "protect")
-FILE_FLAGS = (
-    "content styles output image_size style_scale center_crop save_mask save_gif save_all save_losses device".split()
-)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; raise InputError on a mistake."""
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Read the command line; raise InputError on a mistake. Defaults that depend on other flags are filled in."""
     parser = common.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
     add, number = parser.add_argument, common.number
     layers = {"nargs": "+", "metavar": "LAYER", "help": "of relu1_1 … relu5_4"}
     masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
-    outputs = f"of {', '.join(common.FORMATS)} (default: <content>_<style>.png)"
-    auto = "sizes to go through, each half the next (default: auto, from about 192 px)"
-    colors = "keep the photo's colours (default: the painting's)"
+    starts, auto = ["recolored", "content", "style", "noise"], "each half the next (default: auto, from about 192 px)"
     add("content", type=Path, help="photo: what to paint")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
-    add("-o", "--output", type=Path, help=outputs)
-    add("--image-size", type=number(int, 1, MOST_PIXELS), default=512, help="longer side of the result, in px")
+    add("-o", "--output", type=Path, help=f"of {', '.join(common.FORMATS)} (default: <content>_<style>.png)")
+    add("--image-size", type=number(int, 1, 16383), default=512, help="longer side of the result, in px")
     add("--center-crop", action="store_true", help="crop all images to their central square first")
-    add("--style-scale", type=number(), default=1.0, help="longer side of the style image, relative to the result's")
+    add("--style-scale", type=number(most=32), default=1.0, help="longer side of the painting, over the result's")
     add("--content-weight", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
     add("--style-weight", type=number(), default=30.0, metavar="β", help="β of Eq. 7")
     add("--tv-weight", type=number(), default=0.0, help="weight of the total variation, for smoothness")
@@ -354,16 +321,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--style-layers", default=STYLE_LAYERS, **layers)
     add("--style-layer-weights", nargs="+", type=number(), metavar="W", help="w_l of Eq. 5 (default: equal, 1 in sum)")
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
-    add(
-        "--num-steps", type=number(int, 1, 10**6), default=16, help="at full size; each coarser scale has twice as many"
-    )
+    add("--num-steps", type=number(int, 1, 10**6), default=16, help="at full size; a coarser scale has twice as many")
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of the optimiser in each step")
     add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), metavar="N", help=auto)
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
-    starts = ["recolored", "content", "style", "noise"]
     add("--init", choices=starts, default="recolored", help="what to start from; the paper's is noise")
-    add("--preserve-color", choices=["luminance", "histogram"], help=colors)
+    add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's (default: the painting's)")
     add("--style-masks", **masks, help="where in the photo each style goes: white on black; the last gets the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
     add("--protect", metavar="MASK", help="keep the photo where this picture is white; faces: find them")
@@ -377,42 +341,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, .png")
     add("--seed", type=number(int, most=2**63), default=0, help="of the white noise")
     common.add_device_arguments(parser)
-    return complete(parser.parse_intermixed_args(argv))
-
-
-def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """Check what depends on several flags, and fill in the defaults that do."""
-    n, layers = len(args.styles), len(args.style_layers)
-    if args.content_weight + args.style_weight == 0:
-        raise InputError("nothing to do: --content-weight or --style-weight must be positive")
-    if not n and (args.style_weight or args.init == "style"):
-        raise InputError("a style image is needed, unless --style-weight is 0 and --init is not style")
-    if args.save_mask and not args.protect:
-        raise InputError("--save-mask writes what --protect keeps: name a mask, or faces")
-    if args.image_size * args.style_scale > MOST_PIXELS:
-        raise InputError(f"--style-scale {args.style_scale:g} makes the style image larger than {MOST_PIXELS} px")
+    args = parser.parse_intermixed_args(argv)
+    n, equal = len(args.styles), [1 / len(args.style_layers) for _ in args.style_layers]
     blend = args.style_blend or [1.0 for _ in args.styles]
-    if args.style_layer_weights is None:
-        tuned = tuple(args.style_layers) == STYLE_LAYERS
-        args.style_layer_weights = STYLE_LAYER_WEIGHTS if tuned else [1 / layers for _ in args.style_layers]
-    for flag, values, counts, each in (
-        ("--style-masks", args.style_masks, (0, n - 1, n), f"{n} masks, one for each style image, or one less"),
-        ("--painting-masks", args.painting_masks, (0, n), f"{n} masks, one for each style image"),
-        (
-            "--style-blend",
-            blend,
-            (n,) if sum(blend) or not n else (),
-            f"{n} shares, one for each style image, not all 0",
-        ),
-        ("--style-layer-weights", args.style_layer_weights, (layers,), f"{layers} weights, one for each style layer"),
+    weights = args.style_layer_weights or (STYLE_LAYER_WEIGHTS if tuple(args.style_layers) == STYLE_LAYERS else equal)
+    for mistaken, message in (
+        (not args.content_weight + args.style_weight, "nothing to do: give --content-weight or --style-weight"),
+        (not n and (args.style_weight or args.init == "style"), "a style image is needed, unless --style-weight is 0"),
+        (len(args.style_masks) not in (0, n - 1, n), f"--style-masks needs one for each of {n} styles, or one less"),
+        (len(args.painting_masks) not in (0, n), f"--painting-masks needs one for each of {n} styles"),
+        (len(blend) != n or (n and not sum(blend)), f"--style-blend needs one for each of {n} styles, not all 0"),
+        (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
+        (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),
     ):
-        if len(values) not in counts:
-            raise InputError(f"{flag} needs {each}")
-    args.style_blend = [share / sum(blend) for share in blend]
-    if not args.content_weight:  # a term without weight is not computed
-        args.content_layers = ()
-    if not args.style_weight:
-        args.style_layers = args.style_layer_weights = ()
+        if mistaken:
+            raise InputError(message)
+    args.style_blend, args.style_layer_weights = [share / sum(blend) for share in blend], list(weights)
+    args.painting_masks = args.painting_masks or [None for _ in args.styles]
+    args.content_layers = list(args.content_layers) if args.content_weight else []  # no weight: nothing to compute
+    args.style_layers = list(args.style_layers) if args.style_weight else []
     if args.lr is None:
         args.lr = 1.0 if args.optimizer == "lbfgs" else 0.02
     if args.output is None:
@@ -421,65 +368,38 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> argparse.Namespace:
+def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Namespace:
     """Turn the arguments of `stylize` into what `parse_args` returns for such flags; raise InputError on a mistake."""
     if torch.is_inference_mode_enabled():
-        raise InputError("the pixels are changed by their gradient: call this outside of torch.inference_mode()")
-    argv = ["content", *["style" for _ in styles]]
+        raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
+    argv, known = ["content", *["style" for _ in styles]], vars(parse_args(["content", "style"]))
+    for_files = ("content", "styles", "output", "image_size", "center_crop", "style_scale", "device")
+    masks = {
+        name: options[name] for name in ("style_masks", "painting_masks", "protect") if options.get(name) is not None
+    }
     for name, value in options.items():
-        if name in FILE_FLAGS or name not in vars(parse_args(["content", "style"])):
-            raise InputError(
-                f"unknown option {name}: it is none of the flags in python gatys.py --help, or for files only"
-            )
-        if name in MASKS and value is not None:
-            value = ["mask" for _ in value]
+        if name not in known or name in for_files or name.startswith("save"):
+            raise InputError(f"unknown option {name}: options are the flags of gatys.py, but those about files")
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        argv += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
+        if values:
+            argv += [f"--{name.replace('_', '-')}", *("mask" if name in masks else str(v) for v in values)]
     args = parse_args(argv)
-    vars(args).update({name: options.get(name) for name in MASKS})
-    check_images([content, *styles], 3)
-    check_images(
-        [*(args.style_masks or ()), *(args.painting_masks or ())] + ([] if args.protect is None else [args.protect]), 1
-    )
+    vars(args).update({name: T for name, T in masks.items() if len(T)})
+    common.check_images([content, *styles])
+    common.check_images([T for T in (*args.style_masks, *args.painting_masks, args.protect) if T is not None], 1)
     return args
-
-
-def check_images(images: Sequence[Tensor], channels: int) -> None:
-    """Raise InputError if one of them is no image tensor, or no mask."""
-    for image in images:
-        fits = isinstance(image, Tensor) and image.ndim == 4 and image.shape[:2] == (1, channels)
-        if not (fits and image.is_floating_point() and image.min() > -0.01 and image.max() < 1.01):
-            what = "image" if channels == 3 else "mask"
-            raise InputError(f"every {what} must be a float tensor (1, {channels}, H, W) with values from 0 to 1")
-
-
-# --- Files -------------------------------------------------------------------------------------------------
-
-
-def load(args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
-    """Read the photo and the paintings that the command line names, and put its masks into `args` as tensors."""
-    device, crop = common.pick_device(args.device), args.center_crop
-    content = load_image(args.content, args.image_size, crop).to(device)
-    style_size = max(1, round(args.image_size * args.style_scale))
-    styles = [load_image(path, style_size, crop).to(device) for path in args.styles]
-    args.style_masks = [load_mask(path, crop) for path in args.style_masks]
-    args.painting_masks = [load_mask(path, crop) for path in args.painting_masks]
-    if args.protect:
-        args.protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), crop)
-    print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
-    return content, styles
 
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
     """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black or transparent, to 1, white."""
     mask = luminance(load_image(path, None, center_crop))
     if mask.max() - mask.min() < 0.1:
-        print(f"warning: the mask {path} is the same everywhere: {mask.mean():.0%} white", file=sys.stderr)
+        print(f"warning: the mask {path} has no contrast: it is {mask.mean():.0%} white everywhere", file=sys.stderr)
     return mask
 
 
-def find_faces(image: Tensor) -> Tensor | None:
-    """Return a mask (1, 1, H, W) with a soft ellipse on each face, found by MTCNN (Zhang et al. 2016); None if none."""
+def find_faces(image: Tensor) -> Tensor:
+    """Return a mask (1, 1, H, W) with a soft ellipse on each face in `image`, found by MTCNN (Zhang et al. 2016)."""
     try:
         from facenet_pytorch import MTCNN
     except ImportError as error:
@@ -487,11 +407,10 @@ def find_faces(image: Tensor) -> Tensor | None:
         raise InputError(message) from error
     boxes, _ = MTCNN(keep_all=True).detect(common.to_pil(image))
     if boxes is None:
-        print("no face found: nothing is protected, and there is no mask to write", file=sys.stderr)
-        return None
+        print("no face found: nothing is protected", file=sys.stderr)
     mask = torch.zeros(1, 1, *image.shape[-2:])
     y, x = (torch.arange(side).float() for side in image.shape[-2:])
-    for left, top, right, bottom in boxes.astype(float):
+    for left, top, right, bottom in () if boxes is None else boxes.astype(float):
         # The box ends at brows and chin: an ellipse of 1.4 times its sides, half faded 0.2 further out
         dx = (x - (left + right) / 2) / (0.7 * (right - left))
         dy = (y - (top + bottom) / 2) / (0.7 * (bottom - top))
@@ -499,66 +418,62 @@ def find_faces(image: Tensor) -> Tensor | None:
     return mask
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> None:
+def run(args: Namespace, command: Sequence[str]) -> None:
     """Paint files as the command line says. Whatever stops it, the best picture so far is written."""
-    inputs = [args.content, *args.styles, *args.style_masks, *args.painting_masks]
-    inputs += [Path(args.protect)] if args.protect not in (None, "faces") else []
-    ends = (".gif", "_losses.csv", "_losses.png", "_frames", "_mask.png")
-    gif, table, plot, folder, mask = (Path(f"{args.output.with_suffix('')}{end}") for end in ends)
-    flags = (args.save_gif, args.save_losses, args.save_losses, args.save_all, args.save_mask)
-    extras = [path for flag, path in zip(flags, (gif, table, plot, folder, mask), strict=True) if flag]
-    common.check_outputs([args.output, *extras], inputs, common.FORMATS)
-    content, styles = load(args)
-    if args.save_mask and args.protect is not None:
-        common.save_image(resize_mask(args.protect, content).expand_as(content), mask)
-    for old in folder.glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # an earlier run may have had more
+    ends = {".gif": args.save_gif, "_losses.csv": args.save_losses, "_losses.png": args.save_losses}
+    ends |= {"_frames": args.save_all, "_mask.png": args.save_mask}
+    extras = {end: Path(f"{args.output.with_suffix('')}{end}") for end, wanted in ends.items() if wanted}
+    protect = () if args.protect in (None, "faces") else (Path(args.protect),)
+    inputs = (args.content, *args.styles, *args.style_masks, *filter(None, args.painting_masks), *protect)
+    common.check_outputs([args.output, *extras.values()], inputs, common.FORMATS)
+
+    device, crop = common.pick_device(args.device), args.center_crop
+    content = load_image(args.content, args.image_size, crop).to(device)
+    style_size = max(1, round(args.image_size * args.style_scale))
+    styles = [load_image(path, style_size, crop).to(device) for path in args.styles]
+    args.style_masks = [load_mask(path, crop) for path in args.style_masks]
+    args.painting_masks = [path and load_mask(path, crop) for path in args.painting_masks]
+    if args.protect:
+        args.protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), crop)
+    if args.save_mask:
+        common.save_image(resize_mask(args.protect, content).expand_as(content), extras["_mask.png"])
+    for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
-    steps = sum(steps for _, steps in scale_steps(args, content))
-    best, best_step, history, frames, stopped = None, 0, [], [common.to_pil(content)], None
-    with tqdm(total=steps, unit="step") as bar:
-        try:
-            for frame in paint(*prepare_colors(content, styles, args.preserve_color), args):
-                history.append([len(history) + 1, *frame[1].values()])
-                if best is None or rank(frame) <= rank(best):
-                    best, best_step = frame, len(history)
-                bar.update()
-                bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in frame[1].items()))
-                if args.save_gif or args.save_all:
-                    picture = finish(frame[0], content, args)
-                if args.save_gif:
-                    frames.append(common.to_pil(picture))
-                if args.save_all:
-                    common.save_image(picture, folder / f"{len(history):04d}.png")
-        except (Exception, KeyboardInterrupt) as error:
-            stopped = error
+    print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
+
+    steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
+    best, best_step, losses, history, frames, stopped = None, 0, {}, [], [resize(content, small)], None
+    bar = tqdm(paint(*prepare_colors(content, styles, args), args), total=steps, unit="step")
+    try:
+        for step, (picture, terms) in enumerate(bar, 1):
+            history.append([step, *terms.values()])
+            if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
+                best, best_step, losses = picture, step, terms
+            bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
+            if args.save_gif:
+                frames.append(resize(finish(picture, content, args), small))
+            if args.save_all:
+                common.save_image(finish(picture, content, args), extras["_frames"] / f"{step:04d}.png")
+    except (Exception, KeyboardInterrupt) as error:  # what there is, is saved first
+        stopped = error
     if stopped and common.out_of_memory(stopped):
         size = max(content.shape[-2:])  # of which 0.7 has half the pixels
         stopped = InputError(f"out of memory at {size} px: about --image-size {int(0.7 * size)} is likely to fit")
     if best is None:
         raise stopped
-    losses = ", ".join(f"{name} {value:.6g}" for name, value in best[1].items())
-    record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=losses)
-    common.save_image(finish(best[0], content, args), args.output, record)
+    text = ", ".join(f"{name} {value:.6g}" for name, value in losses.items())
+    record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=text)
+    common.save_image(finish(best, content, args), args.output, record)
     if args.save_losses:
-        common.save_losses(["step", *best[1]], history, table)
+        common.save_losses(["step", *losses], history, extras["_losses.csv"])
     if args.save_gif:
-        save_gif(frames, gif)
+        fade = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
+        shown = [(frame, 100.0) for frame in [*fade, *frames[1 : -1 : math.ceil(len(frames) / 48)]]]
+        common.save_animation([*shown, (frames[-1], 2000.0)], extras[".gif"])
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
         raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped
     print(args.output)
-
-
-def save_gif(frames: Sequence[Image.Image], path: Path, most: int = 48) -> None:
-    """Write an animation of five seconds that fades from the first frame into the second and rests on the last."""
-    frames = [*frames[: -1 : math.ceil(len(frames) / most)], frames[-1]]
-    for frame in frames:
-        frame.thumbnail((384, 384))
-    frames = [Image.blend(frames[0], frames[1], k / 8) for k in range(8)] + frames[1:]
-    frames = [frame.quantize(96, dither=Image.Dither.NONE) for frame in frames]
-    data, times = io.BytesIO(), [5000 / len(frames) for _ in frames[1:]] + [2000]
-    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-    common.write_file(data.getvalue(), path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
