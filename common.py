@@ -205,11 +205,15 @@ FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
 
 
 def load_image(
-    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
+    path: str | Path,
+    size: int | None = None,
+    center_crop: bool = False,
+    shorter: int | None = None,
+    background: str = "white",
 ) -> Tensor:
     """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1]; of an animation, the first frame.
 
-    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over white.
+    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over `background`.
 
     Args:
         size: the longer side in px; None keeps the file's own size.
@@ -219,11 +223,15 @@ def load_image(
     Raises:
         InputError: the file is missing, no image, or damaged.
     """
-    return next(load_frames(path, size, center_crop, shorter))[0]
+    return next(load_frames(path, size, center_crop, shorter, background))[0]
 
 
 def load_frames(
-    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
+    path: str | Path,
+    size: int | None = None,
+    center_crop: bool = False,
+    shorter: int | None = None,
+    background: str = "white",
 ) -> Iterator[tuple[Tensor, float]]:
     """Read the frames of an image file as `load_image` does, each with its time in ms; most files have one frame."""
     try:
@@ -237,7 +245,7 @@ def load_frames(
                 milliseconds = image.info.get("duration", 100)
                 with suppress(Exception):  # broken EXIF data do no harm to the pixels
                     image = ImageOps.exif_transpose(image)
-                image = _to_srgb(image)
+                image = _to_srgb(image, background)
                 if center_crop:
                     image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
                 if size or shorter:
@@ -517,14 +525,14 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Col
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
+def _to_srgb(image: Image.Image, background: str = "white") -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode[0] in "IF":  # grey of 16 bits, or of floats: convert("L") would clip, not scale
         white = 65535 if ";16" in image.mode else next(w for w in (1, 255, 65535, 2**32) if image.getextrema()[1] <= w)
         image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     if profile:

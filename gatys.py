@@ -392,7 +392,7 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
     """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black or transparent, to 1, white."""
-    mask = luminance(load_image(path, None, center_crop))
+    mask = luminance(load_image(path, None, center_crop, background="black"))
     if mask.max() - mask.min() < 0.1:
         print(f"warning: the mask {path} has no contrast: it is {mask.mean():.0%} white everywhere", file=sys.stderr)
     return mask
