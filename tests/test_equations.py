@@ -1,0 +1,420 @@
+"""The equations of the three papers, written out the slow way: loops in float64, each beside the paper's formula.
+
+Read this file with the papers. Each test computes one equation by loops and compares the result with the scripts.
+`pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson` those of one paper.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import cyclegan
+import gatys
+import johnson
+from common import VGG, gram_matrix, rescale
+
+close = torch.testing.assert_close
+
+
+def draw(*shape, seed=0):
+    """Draw numbers around 0 in float64: feature maps before a ReLU."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(*shape, seed=0):
+    """Draw pictures of noise in [0, 1]."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- VGG: the feature maps that the first two papers compare ------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "blocks"), [("vgg16", [2, 2, 3, 3, 3]), ("vgg19", [2, 2, 4, 4, 4])])
+def test_vgg_gives_the_maps_of_torchvisions_network(arch, blocks):
+    """Simonyan & Zisserman 2015, Table 1, columns D and E: `blocks` are the convolutions before each pooling."""
+    names = [f"relu{block}_{n}" for block, count in enumerate(blocks, 1) for n in range(1, count + 1)]
+    vgg, x = VGG(names, arch, "random"), pictures(2, 3, 32, 48)
+    reference = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs[{"vgg16": "D", "vgg19": "E"}[arch]])
+    reference.load_state_dict(vgg.features.state_dict())
+    expected, h = [], (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+    h = h / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    for layer in reference:
+        h = layer(h).clone()  # torchvision's ReLU writes into its input
+        if isinstance(layer, nn.ReLU):
+            expected.append(h)
+    maps = vgg(x)
+    assert list(maps) == names
+    for name, wanted in zip(names, expected, strict=True):
+        close(maps[name], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_gatys_section_2_rescaling_gives_mean_activation_1_and_keeps_the_network():
+    """All that a layer computes is divided by one number, its mean activation over the pictures."""
+    names = ["relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2"]
+    images = [pictures(1, 3, 40, 32), pictures(1, 3, 24, 48, seed=1) ** 2]
+    vgg = VGG(names, "vgg16", "random", pooling="avg")
+    before = [vgg(image) for image in images]
+    after = [rescale(vgg, images)(image) for image in images]
+    for name in names:
+        mean = sum(maps[name].mean() for maps in before) / 2
+        for maps, rescaled, image in zip(before, after, images, strict=True):
+            close(rescaled[name], maps[name] / mean, rtol=1e-3, atol=1e-4)
+            assert torch.equal(vgg(image)[name], maps[name])  # `rescale` works on a copy
+
+
+def test_gatys_section_2_average_pooling():
+    vgg, h = VGG(["relu2_1"], "vgg16", "random", pooling="avg"), pictures(1, 64, 4, 4)
+    pool = next(layer for layer in vgg.features if "Pool" in type(layer).__name__)
+    close(pool(h), (h[..., ::2, ::2] + h[..., 1::2, ::2] + h[..., ::2, 1::2] + h[..., 1::2, 1::2]) / 4)
+
+
+# --- Gatys, Ecker, Bethge 2016: Image Style Transfer Using Convolutional Neural Networks --------------------
+
+N, H, W = 3, 4, 5  # a layer has N filters, and maps of M = H·W positions
+M = H * W
+
+
+def gram_by_loops(f):
+    """Gatys Eq. 3:  G_ij = Σ_k F_ik F_jk"""
+    f = f.reshape(N, M)
+    return [[sum(f[i, k] * f[j, k] for k in range(M)) for j in range(N)] for i in range(N)]
+
+
+def style_by_loops(f, p):
+    """Gatys Eq. 4:  E_l = 1/(4 N² M²) Σ_ij (G_ij − A_ij)²"""
+    G, A = gram_by_loops(f), gram_by_loops(p)
+    return sum((G[i][j] - A[i][j]) ** 2 for i in range(N) for j in range(N)) / (4 * N**2 * M**2)
+
+
+def test_gatys_eq_1_content_loss():
+    """L_content = ½ Σ_ij (F_ij − P_ij)²; the script takes the mean over i, j in place of the sum."""
+    F, P = draw(2, 1, N, H, W)
+    f, p = F.reshape(N, M), P.reshape(N, M)
+    eq_1 = 0.5 * sum((f[i, j] - p[i, j]) ** 2 for i in range(N) for j in range(M))
+    assert gatys.content_loss(F, P).item() == pytest.approx(eq_1.item() / (N * M), rel=1e-6)
+
+
+def test_gatys_eq_2_gradient_of_the_content_loss():
+    """∂L_content/∂F_ij = (F − P)_ij if F_ij > 0, else 0: F comes out of a ReLU."""
+    before_relu, p = draw(2, 1, N, H, W, seed=1)
+    before_relu.requires_grad_()
+    F, P = before_relu.relu(), p.relu()
+    (N * M * gatys.content_loss(F, P)).backward()
+    close(before_relu.grad, torch.where(F > 0, F - P, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_gatys_eq_3_gram_matrix():
+    """G_ij = Σ_k F_ik F_jk, which the script divides by N·M; in float32 or better, whatever its input is."""
+    F = draw(1, N, H, W, seed=2)
+    close(gram_matrix(F)[0], torch.tensor(gram_by_loops(F)).double() / (N * M))
+    half = pictures(1, 8, 64, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        close(gram_matrix(half), gram_matrix(half.double()).float(), rtol=1e-5, atol=0)
+
+
+def test_gatys_eq_4_style_loss_of_a_layer():
+    """E_l = 1/(4 N² M²) Σ_ij (G_ij − A_ij)²"""
+    F, P = draw(2, 1, N, H, W, seed=3)
+    close(gatys.style_loss(gram_matrix(F), gram_matrix(P)), style_by_loops(F, P))
+
+
+def test_gatys_eq_6_gradient_of_the_style_loss():
+    """∂E_l/∂F_ij = 1/(N² M²) ((F)ᵀ (G − A))_ji if F_ij > 0, else 0"""
+    before_relu, p = draw(2, 1, N, H, W, seed=4)
+    before_relu.requires_grad_()
+    F, P = before_relu.relu(), p.relu()
+    gatys.style_loss(gram_matrix(F), gram_matrix(P)).backward()
+    f, G, A = F.detach().reshape(N, M), gram_by_loops(F.detach()), gram_by_loops(P)
+    for i, j in itertools.product(range(N), range(M)):
+        eq_6 = sum(f[k, j] * (G[k][i] - A[k][i]) for k in range(N)) / (N**2 * M**2) if f[i, j] > 0 else 0.0
+        assert before_relu.grad.reshape(N, M)[i, j].item() == pytest.approx(float(eq_6), rel=1e-4, abs=1e-9)
+
+
+# --- Johnson, Alahi, Fei-Fei 2016: Perceptual Losses for Real-Time Style Transfer and Super-Resolution -------
+
+C = 3  # a layer has C channels
+
+
+def test_johnson_eq_2_feature_reconstruction_loss():
+    """ℓ_feat = 1/(C H W) ‖φ(ŷ) − φ(y)‖², a mean over the batch"""
+    y_hat, y = draw(2, 2, C, H, W)
+    positions = list(itertools.product(range(C), range(H), range(W)))
+    eq_2 = [sum((y_hat[b][p] - y[b][p]) ** 2 for p in positions) / (C * H * W) for b in range(2)]
+    assert johnson.content_loss(y_hat, y).item() == pytest.approx(sum(eq_2).item() / 2, rel=1e-6)
+
+
+def johnson_gram(f):
+    """Johnson Eq. 3:  G_cc' = 1/(C H W) Σ_h Σ_w φ_hwc φ_hwc'"""
+    positions = list(itertools.product(range(H), range(W)))
+    return [[sum(f[c][p] * f[d][p] for p in positions) / (C * H * W) for d in range(C)] for c in range(C)]
+
+
+def test_johnson_eq_3_gram_matrix():
+    f = draw(2, C, H, W, seed=1)
+    close(gram_matrix(f), torch.tensor([johnson_gram(f[b]) for b in range(2)]).double())
+    close(gram_matrix(f.to(memory_format=torch.channels_last)), gram_matrix(f))
+
+
+def test_johnson_eq_4_style_reconstruction_loss():
+    """ℓ_style = ‖G(ŷ) − G(y)‖_F², a mean over the batch"""
+    y_hat, y = draw(2, 2, C, H, W, seed=2)
+    eq_4 = 0.0
+    for b in range(2):
+        G, A = johnson_gram(y_hat[b]), johnson_gram(y[b])
+        eq_4 += sum((G[c][d] - A[c][d]) ** 2 for c in range(C) for d in range(C)) / 2
+    close(johnson.style_loss(gram_matrix(y_hat), gram_matrix(y)), eq_4)
+
+
+CONTENT_LAYER, STYLE_LAYERS = "relu2_1", ["relu1_2", "relu2_2", "relu3_1"]
+LAMBDA_C, LAMBDA_S, LAMBDA_TV = 2.0, 3.0, 5.0
+
+
+@pytest.fixture(scope="module")
+def phi():
+    """The loss network, which no training changes."""
+    return VGG([CONTENT_LAYER, *STYLE_LAYERS], "vgg16", "random")
+
+
+def eq_5(phi, y_hat, y_c, y_s):
+    """Johnson Eq. 5, the objective of ŷ:  λ_c ℓ_feat(ŷ, y_c) + λ_s Σ_l ℓ_style(ŷ, y_s) + λ_TV ℓ_TV(ŷ)
+
+    Every layer is in units of its mean activation on the painting y_s, as `rescale` makes it.
+    """
+    phi = copy.deepcopy(phi).double()
+    f, f_c, f_s = (phi(image.double()) for image in (y_hat, y_c, y_s))
+    unit = {layer: maps.mean() for layer, maps in f_s.items()}
+    content = (((f[CONTENT_LAYER] - f_c[CONTENT_LAYER]) / unit[CONTENT_LAYER]) ** 2).mean()
+    style = 0.0
+    for layer in STYLE_LAYERS:
+        for one in f[layer]:  # of the batch
+            (F, A) = ((maps / unit[layer]).flatten(1) for maps in (one, f_s[layer][0]))
+            style += ((F @ F.T / F.numel() - A @ A.T / A.numel()) ** 2).sum() / len(y_hat)
+    down, right = y_hat[..., 1:, :] - y_hat[..., :-1, :], y_hat[..., 1:] - y_hat[..., :-1]
+    variation = (down.double() ** 2).mean() + (right.double() ** 2).mean()
+    total = LAMBDA_C * content + LAMBDA_S * style + LAMBDA_TV * variation
+    return {"total": total, "content": content, "style": style, "variation": variation}
+
+
+def floats(losses):
+    return {name: value.item() for name, value in losses.items()}
+
+
+def test_johnson_eq_5_objective(phi):
+    """Also its gradient with respect to ŷ: in the paper's baseline, ŷ itself is what is optimised."""
+    y_s, (y_hat, y_c) = pictures(1, 3, 24, 32), pictures(2, 2, 3, 16, 20, seed=1).requires_grad_()
+    objective = johnson.Objective(phi, y_s, CONTENT_LAYER, STYLE_LAYERS, LAMBDA_C, LAMBDA_S, LAMBDA_TV)
+    johnson.Objective(phi, y_s**3, CONTENT_LAYER, STYLE_LAYERS, 1.0, 1.0, 1.0)  # must not change the first
+    losses, expected = objective(y_hat, y_c), eq_5(phi, y_hat, y_c, y_s)
+    assert floats(losses) == pytest.approx(floats(expected), rel=1e-4)
+    gradient, of_target = torch.autograd.grad(losses["total"], (y_hat, y_c), allow_unused=True)
+    close(gradient, torch.autograd.grad(expected["total"], y_hat)[0], rtol=1e-3, atol=1e-5)
+    assert of_target is None  # y_c is a constant
+    assert objective(y_s, y_s)["style"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_johnson_eq_1_training(phi):
+    """W* = argmin_W E_{x, y_i} [ Σ_i λ_i ℓ_i(f_W(x), y_i) ], by two steps of gradient descent."""
+    torch.manual_seed(1)
+    y_s, x, f_W = pictures(1, 3, 24, 32), pictures(2, 3, 24, 24, seed=1), johnson.TransformNet()
+    plain, start = copy.deepcopy(f_W), copy.deepcopy(f_W)
+    objective = johnson.Objective(phi, y_s, CONTENT_LAYER, STYLE_LAYERS, LAMBDA_C, LAMBDA_S, LAMBDA_TV)
+    optimizer = torch.optim.SGD(f_W.parameters(), 1e-3)
+    for _ in range(2):
+        losses, expected = johnson.step(f_W, objective, optimizer, x), eq_5(phi, plain(x), x, y_s)
+        assert floats(losses) == pytest.approx(floats(expected), rel=1e-3)
+        gradients = torch.autograd.grad(expected["total"], [*plain.parameters()])
+        for p, gradient in zip(plain.parameters(), gradients, strict=True):
+            p.data -= 1e-3 * gradient
+    for p, q, before in zip(f_W.parameters(), plain.parameters(), start.parameters(), strict=True):
+        assert (p - q).norm() < 0.02 * (q - before).norm() + 1e-5
+
+
+def weights_of(kernels):
+    """Count the weights of convolutions (inputs, outputs, side), each with a bias."""
+    return sum(inputs * outputs * side**2 + outputs for inputs, outputs, side in kernels)
+
+
+def size(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+PAPERS_NETWORK = {"norm": "batch", "upsample": "transposed", "padding": "start"}
+BODY = [*range(82, 63, -2)]  # of the paper's ten 3×3 convolutions without padding: each takes 2 px away
+
+
+@pytest.mark.parametrize(
+    ("switches", "first", "body"), [({}, [256, 128, 64], [64] * 10), (PAPERS_NETWORK, [336, 168, 84], BODY)]
+)
+def test_johnson_table_1_network(switches, first, body):
+    """The sizes of the maps and the number of weights, from the supplement: 9×9, two halvings, five residual blocks."""
+    network, sizes = johnson.TransformNet(**switches), []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_hook(lambda m, i, y: sizes.append((y.shape[1], y.shape[-1])))
+    with torch.inference_mode():
+        assert network(pictures(1, 3, 256, 256)).shape == (1, 3, 256, 256)
+    assert sizes[:3] == list(zip((32, 64, 128), first, strict=True))
+    assert sizes[3:] == [*[(128, side) for side in body], (64, 128), (32, 256), (3, 256)]
+    kernels = [(3, 32, 9), (32, 64, 3), (64, 128, 3), *[(128, 128, 3)] * 10, (128, 64, 3), (64, 32, 3), (32, 3, 9)]
+    scales_and_shifts = 2 * (32 + 64 + 128 + 10 * 128 + 64 + 32)
+    assert size(network) == weights_of(kernels) + scales_and_shifts == 1_679_235
+
+
+# --- Zhu, Park, Isola, Efros 2017: Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks
+
+
+def G(x):
+    """A generator that every reader can follow: colours change places, and darken."""
+    return 0.9 * x.flip(1)
+
+
+def F(y):
+    return y.square()
+
+
+def D_X(x):
+    """A verdict for every fourth pixel."""
+    return x[:, :1, ::2, ::2] - 0.3
+
+
+def D_Y(y):
+    return 2 * y[:, 1:2, ::2, ::2]
+
+
+x, y = pictures(2, 2, 3, 4, 6).double()
+
+
+def mean(values):
+    """E: the mean over a batch of pictures and what is in them."""
+    values = values.flatten().tolist()
+    return sum(values) / len(values)
+
+
+def L1(a, b):
+    """‖a − b‖₁, as a mean, of pictures in the networks' range -1 … 1."""
+    return mean(((2 * a - 1) - (2 * b - 1)).abs())
+
+
+def losses_of_generators(*weights):
+    losses, *made = cyclegan.generator_losses(G, F, D_X, D_Y, x, y, *weights)
+    close(made, [G(x), F(y)])
+    return floats(losses)
+
+
+def test_cyclegan_eq_1_adversarial_loss():
+    """In place of Eq. 1's logarithms §4 has squares:  G minimises E (D_Y(G(x)) − 1)², F minimises E (D_X(F(y)) − 1)²"""
+    losses = losses_of_generators()
+    assert losses["G"] == pytest.approx(mean((D_Y(G(x)) - 1) ** 2))
+    assert losses["F"] == pytest.approx(mean((D_X(F(y)) - 1) ** 2))
+
+
+def test_cyclegan_section_4_loss_of_a_discriminator():
+    """D_Y minimises E (D_Y(y) − 1)² + E D_Y(G(x))², halved"""
+    eq = (mean((D_Y(y) - 1) ** 2) + mean(D_Y(G(x)) ** 2)) / 2
+    assert cyclegan.discriminator_loss(D_Y, y, G(x)).item() == pytest.approx(eq)
+
+
+def test_cyclegan_eq_2_cycle_consistency_loss():
+    """L_cyc(G, F) = E ‖F(G(x)) − x‖₁ + E ‖G(F(y)) − y‖₁"""
+    assert losses_of_generators()["cycle"] == pytest.approx(L1(F(G(x)), x) + L1(G(F(y)), y))
+
+
+def test_cyclegan_section_5_2_identity_loss():
+    """L_identity(G, F) = E ‖G(y) − y‖₁ + E ‖F(x) − x‖₁"""
+    assert losses_of_generators()["identity"] == pytest.approx(L1(G(y), y) + L1(F(x), x))
+    assert losses_of_generators(10.0, 0.0)["identity"] == 0  # without a weight it is not computed
+
+
+def test_cyclegan_eq_3_full_objective():
+    """L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc(G, F), and 0.5 λ L_identity (§5.2); λ = 10 (§4)"""
+    for weights, (lambda_cycle, lambda_identity) in (((), (10, 0.5)), ((7.0, 0.2), (7, 0.2)), ((3.0, 0.0), (3, 0))):
+        losses = losses_of_generators(*weights)
+        eq_3 = losses["G"] + losses["F"] + lambda_cycle * losses["cycle"]
+        assert losses["total"] == pytest.approx(eq_3 + lambda_identity * lambda_cycle * losses["identity"])
+
+
+def gan(**changes):
+    """Make four small networks with their optimisers and pools."""
+    torch.manual_seed(0)
+    return cyclegan.CycleGAN(**{"blocks": 1, "width": 4} | changes)
+
+
+def test_cyclegan_eq_4_training():
+    """G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y), in turns: G and F first, then D_X and D_Y.
+
+    Three steps with a pool of one picture (§4), as a plain loop with torch's Adam takes them.
+    """
+    ours, pairs = gan(lr=1e-3, beta1=0.3, pool_size=1, seed=3, lambda_cycle=7.0), pictures(3, 2, 1, 3, 32, 32)
+    networks = ours.G, ours.F, ours.D_X, ours.D_Y
+    G, F, D_X, D_Y = plain = copy.deepcopy(networks)
+    adam_G = torch.optim.Adam([*G.parameters(), *F.parameters()], 1e-3, (0.3, 0.999))
+    adam_D = torch.optim.Adam([*D_X.parameters(), *D_Y.parameters()], 1e-3, (0.3, 0.999))
+    kept, chance = {}, {"X": torch.Generator().manual_seed(3), "Y": torch.Generator().manual_seed(4)}
+    for x, y in pairs:
+        losses = ours.step(x, y)
+        expected, G_x, F_y = cyclegan.generator_losses(*plain, x, y, 7.0, 0.5)
+        adam_G.zero_grad()
+        expected["total"].backward()
+        adam_G.step()
+        for name, D, real, fake in (("X", D_X, x, F_y.detach()), ("Y", D_Y, y, G_x.detach())):
+            shown = fake
+            if name not in kept:
+                kept[name] = fake
+            elif torch.rand((), generator=chance[name]) < 0.5:  # half the time an older picture, in exchange
+                torch.randint(1, (), generator=chance[name])
+                shown, kept[name] = kept[name], fake
+            expected[f"D_{name}"] = (((D(real) - 1) ** 2).mean() + (D(shown) ** 2).mean()) / 2
+        adam_D.zero_grad()
+        (expected["D_X"] + expected["D_Y"]).backward()
+        adam_D.step()
+        assert floats(losses) == pytest.approx(floats(expected), rel=2e-3)
+        assert not any(value.requires_grad for value in losses.values())
+    for net, copied in zip(networks, plain, strict=True):
+        for (name, p), q in zip(net.named_parameters(), copied.parameters(), strict=True):
+            if name.endswith("weight"):  # a bias before a norm has no effect, and no gradient but noise
+                assert (p - q).abs().mean() < 3e-5, name
+
+
+def test_cyclegan_section_4_pool_of_past_pictures():
+    """D sees the newest picture, or half the time one of the 50 kept ones, which then leaves the pool."""
+    pool = cyclegan.ImagePool(50, seed=0)
+    shown = [pool.query(torch.full((1, 3, 2, 2), float(i), requires_grad=True)) for i in range(1050)]
+    assert not any(image.requires_grad for image in shown)
+    shown = [image[0, 0, 0, 0].item() for image in shown]
+    assert shown[:50] == list(range(50))  # until the pool is full
+    assert 450 < sum(i != image for i, image in enumerate(shown)) < 550
+    assert len(set(shown[50:])) == 1000  # none is shown twice
+    assert len(pool.images) == 50
+    assert min(image[0, 0, 0].item() for image in pool.images) >= 50  # each place is exchanged now and then
+    none, made = cyclegan.ImagePool(0, seed=0), pictures(2, 3, 4, 4)
+    assert torch.equal(none.query(made), made)
+
+
+def test_cyclegan_section_7_1_learning_rate_and_initial_weights():
+    """100 epochs at the full rate, 100 linearly to 0; weights are drawn from N(0, 0.02), and no norm has any."""
+    factors = [cyclegan.lr_factor(epoch, 100, 100) for epoch in (0, 99, 100, 150, 199, 200)]
+    assert factors == pytest.approx([1, 1, 1, 0.5, 0.01, 0])
+    for network in (cyclegan.Generator(2), cyclegan.PatchDiscriminator()):
+        weights = torch.cat([p.flatten() for name, p in network.named_parameters() if name.endswith("weight")])
+        assert abs(weights.mean()) < 1e-4
+        assert weights.std().item() == pytest.approx(0.02, rel=0.01)
+        assert all((p == 0).all() for name, p in network.named_parameters() if name.endswith("bias"))
+
+
+def test_cyclegan_section_7_2_networks():
+    """c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3; and C64-C128-C256-C512, whose verdicts see 70×70 px."""
+    G, D, x = cyclegan.Generator(), cyclegan.PatchDiscriminator(), pictures(1, 3, 256, 256).requires_grad_()
+    down, up = [(3, 64, 7), (64, 128, 3), (128, 256, 3)], [(256, 128, 3), (128, 64, 3), (64, 3, 7)]
+    assert size(G) == weights_of([*down, *[(256, 256, 3)] * 18, *up]) == 11_378_179
+    assert size(D) == weights_of([(3, 64, 4), (64, 128, 4), (128, 256, 4), (256, 512, 4), (512, 1, 4)]) == 2_764_737
+    # One verdict's gradient reaches the pixels that it sees, without the norms, which look at the whole picture.
+    D.model = nn.Sequential(*[module for module in D.model if not isinstance(module, nn.InstanceNorm2d)])
+    verdicts = D(x)
+    assert verdicts.shape == (1, 1, 30, 30)
+    verdicts[0, 0, 15, 15].backward()
+    rows, columns = x.grad[0].abs().sum(0).nonzero().T
+    assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (70, 70)
