@@ -1,13 +1,45 @@
 """What several test files use."""
 
 import functools
-import inspect
+import shlex
+from pathlib import Path
 
 import pytest
+import torch
 
 import common
+import cyclegan
+import gatys
+import johnson
+from common import to_pil
 
 common._random_weights = functools.cache(common._random_weights)  # made once for all tests
+
+SCRIPTS = {"gatys.py": gatys, "johnson.py": johnson, "cyclegan.py": cyclegan}
+TINY = {  # what makes each command small enough for a test
+    "gatys.py": """--image-size 48 --num-steps 2 --lbfgs-iters 1 --vgg-weights random --content-layers relu2_2
+        --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
+    "johnson.py stylize": "--precision float32 --device cpu",
+    "johnson.py train": """--image-size 16 --style-size 32 --batch-size 2 --iterations 1 --vgg vgg16 --workers 0
+        --vgg-weights random --content-layer relu2_1 --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
+    "cyclegan.py translate": "--precision float32 --device cpu",
+    "cyclegan.py train": """--crop-size 32 --width 4 --blocks 1 --max-steps 1 --workers 0 --precision float32
+        --device cpu""",
+}
+
+
+def split(command):
+    """Split a command line such as `johnson.py train -o a.pth` into its words, of which one or two name the command."""
+    words = shlex.split(command)
+    count = 1 if words[0] == "gatys.py" else 2
+    return words[:count], words[count:]
+
+
+def run(command, *more):
+    """Run a command line of one of the scripts, made tiny unless it says otherwise."""
+    (script, *sub), arguments = split(command)
+    tiny = TINY[" ".join([script, *sub])].split()
+    SCRIPTS[script].main([*sub, *tiny, *arguments, *map(str, more)])
 
 
 @pytest.fixture(autouse=True)
@@ -18,11 +50,11 @@ def working_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails(capsys):
-    """A function that runs `main(arguments)`, which is to end with status 2 and one line of error: its result."""
+    """Return a function that runs a command line, demands status 2 and one line of error, and returns that line."""
 
-    def fails(main, *arguments):
+    def fails(command, *more):
         with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
+            run(command, *more)
         assert exit_.value.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
@@ -31,20 +63,20 @@ def fails(capsys):
     return fails
 
 
-@pytest.fixture
-def spy(monkeypatch):
-    """A function that notes all calls of `owner.name` from now on: the arguments of each by their names."""
+def save_noise(*paths, size=(48, 48)):
+    """Write small pictures of noise, each another one, in folders that are made."""
+    for number, path in enumerate(map(Path, paths)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.rand(1, 3, *size[::-1], generator=torch.Generator().manual_seed(number))
+        to_pil(pixels).save(path)
 
-    def spy(owner, name):
-        calls, function = [], getattr(owner, name)
 
-        def called(*arguments, **options):
-            bound = inspect.signature(function).bind(*arguments, **options)
-            bound.apply_defaults()
-            calls.append(bound.arguments)
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, called)
-        return calls
-
-    return spy
+def equal(a, b):
+    """Tell whether two states, of tensors in dictionaries and lists, are the same bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b

@@ -1,0 +1,329 @@
+"""Files: every kind of picture is read, results are written whole, and damage is told in one line."""
+
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import equal
+from PIL import Image, ImageCms, JpegImagePlugin
+from torchvision.transforms.functional import to_tensor
+
+import common
+from common import InputError, find_images, load_image, save_image
+
+# --- Reading pictures --------------------------------------------------------------------------------------
+
+
+def row(mode, *values):
+    """Make a picture that is one pixel high."""
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image
+
+
+def palette_with_transparency():
+    image = row("P", 0, 1)
+    image.putpalette([0, 0, 0, 0, 0, 255])
+    return image
+
+
+# sRGB with the primaries of red and blue exchanged: what it calls red is blue.
+SWAPPED = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SWAPPED.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+TURNED = Image.Exif()
+TURNED[0x0112] = 3  # by 180°
+BLACK, RED, LIME, BLUE, WHITE = (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+KINDS = {
+    "grey": (row("L", *[80] * 8), "a.jpg", {}, [(80,) * 3] * 8),
+    "grey of 16 bits": (row("I;16", 0, 257 * 100, 65535), "a.png", {}, [BLACK, (100,) * 3, WHITE]),
+    "grey of floats": (row("F", 0.0, 0.5, 1.0), "a.tif", {}, [BLACK, (127,) * 3, WHITE]),
+    "palette": (row("RGB", RED, BLUE).quantize(2), "a.png", {}, [RED, BLUE]),
+    "black or white": (row("1", 0, 255), "a.png", {}, [BLACK, WHITE]),
+    "CMYK": (row("CMYK", *[(0, 255, 255, 0)] * 8), "a.jpg", {}, [RED] * 8),
+    "alpha": (row("RGBA", (*RED, 255), (*RED, 0), (*BLACK, 128)), "a.png", {}, [RED, WHITE, (127,) * 3]),
+    "transparent color": (palette_with_transparency(), "a.png", {"transparency": 0}, [WHITE, BLUE]),
+    "profile": (row("RGB", RED, WHITE), "a.png", {"icc_profile": SWAPPED}, [BLUE, WHITE]),
+    "broken EXIF": (row("RGB", RED, BLUE), "a.png", {"exif": b"Exif\x00\x00garbage"}, [RED, BLUE]),
+    "turned": (row("RGB", RED, BLUE), "a.png", {"exif": TURNED}, [BLUE, RED]),
+    "animation": (row("RGB", RED), "a.gif", {"save_all": True, "append_images": [row("RGB", BLUE)]}, [RED]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture_is_read(kind):
+    image, name, options, expected = KINDS[kind]
+    image.save(name, quality=100, **options)
+    torch.testing.assert_close(load_image(name)[0, :, 0].T * 255, torch.tensor(expected).float(), rtol=0, atol=3)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_grey_pictures_of_one_set_are_scaled_alike(mode):
+    """White does not depend on what the picture holds: a dark picture stays dark."""
+    unit = 1e-3 if mode == "F" else 100
+    for name, brightest in (("dark.tif", 2), ("light.tif", 400)):
+        row(mode, unit, unit * brightest).save(name)
+    dark, light = load_image("dark.tif"), load_image("light.tif")
+    assert dark[..., 0].tolist() == light[..., 0].tolist()
+    assert dark.max() < 0.02 < light.max()
+
+
+def test_resizing_averages_and_takes_jpegs_no_smaller_than_needed():
+    ys, xs = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    Image.fromarray((255 * ((xs + ys) % 2)).byte().numpy()).save("checkerboard.png")
+    assert (load_image("checkerboard.png", 32) - 0.5).abs().max() < 0.1
+    Image.effect_noise((800, 600), 90).convert("RGB").save("a.jpg", quality=95)
+    with Image.open("a.jpg") as file:
+        exact = to_tensor(file.convert("RGB").resize((320, 240), Image.Resampling.LANCZOS))
+    assert (load_image("a.jpg", 320)[0] - exact).abs().mean() < 0.03
+
+
+def test_size_is_the_longer_side_or_the_shorter():
+    red = torch.linspace(0, 1, 400).expand(1, 3, 100, 400) * torch.tensor([1.0, 0, 0])[:, None, None]
+    save_image(red, "a.png")
+    for options, shape in (({}, (100, 400)), ({"size": 800}, (200, 800)), ({"shorter": 60}, (60, 240))):
+        assert load_image("a.png", **options).shape == (1, 3, *shape)
+    cropped = load_image("a.png", 50, center_crop=True)
+    assert cropped.shape == (1, 3, 50, 50)
+    assert 0.45 < cropped[0, 0].mean() < 0.55  # the central quarter of the red ramp
+    assert cropped[0, 0].min() > 0.3
+    Image.new("RGB", (1, 400)).save("line.png")
+    assert load_image("line.png", 100).shape == (1, 3, 100, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
+def test_a_picture_of_200_megapixels_takes_the_memory_of_what_is_asked_for():
+    def kilobytes(name):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{name}:")[1].split()[0])
+
+    Image.new("L", (20_000, 10_000), 99).save("scan.jpg")
+    Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+    before = kilobytes("VmRSS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image("scan.jpg", 512).shape == (1, 3, 256, 512)
+    assert kilobytes("VmHWM") - before < 80_000  # all of it would be 600 MB
+
+
+def test_what_is_no_picture():
+    Image.new("RGB", (400, 300), "red").save("whole.jpg", exif=TURNED)
+    Path("folder.jpg").mkdir()
+    Path("empty.jpg").touch()
+    Path("text.jpg").write_text("not a picture")
+    Path("cut.jpg").write_bytes(Path("whole.jpg").read_bytes()[:1500])
+    for name in ("missing.jpg", "folder.jpg", "empty.jpg", "text.jpg", "cut.jpg", "name.jpg".rjust(300, "n")):
+        with pytest.raises(InputError, match=name):
+            load_image(name)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".webp", ".tif", ".bmp"])
+def test_damaged_pictures_are_read_or_refused(suffix):
+    """Forty of each kind, with ten bytes changed, or cut off."""
+    Image.effect_noise((20, 20), 90).save(f"whole{suffix}")
+    whole, chance, path = Path(f"whole{suffix}").read_bytes(), random.Random(0), Path(f"damaged{suffix}")
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for at in chance.choices(range(len(whole)), k=10):
+            damaged[at] = chance.randrange(256)
+        path.write_bytes(damaged[: chance.choice([len(whole), chance.randrange(len(whole))])])
+        try:
+            assert load_image(path, 16).isfinite().all()
+        except InputError as error:
+            assert path.name in str(error)
+
+
+# --- Writing pictures --------------------------------------------------------------------------------------
+
+
+def test_a_saved_picture_is_clamped_rounded_and_tells_how_it_was_made():
+    image = torch.tensor([-1.0, 0.4 / 255, 0.6 / 255, 1, 7]).expand(1, 3, 1, 5)
+    path, made = Path("new/folder/a.png"), {"command": "python gatys.py", "seed": "3"}
+    save_image(image, path, made)
+    with Image.open(path) as saved:
+        assert [saved.getpixel((i, 0))[0] for i in range(5)] == [0, 0, 1, 255, 255]
+        assert saved.text == made
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    for suffix in (".jpg", ".webp", ".tiff"):
+        save_image(torch.rand(1, 3, 8, 8), path.with_suffix(suffix), made)
+        with Image.open(path.with_suffix(suffix)) as saved:
+            assert saved.getexif()[0x010E] == "command: python gatys.py; seed: 3"
+    with Image.open(path.with_suffix(".jpg")) as saved:
+        assert JpegImagePlugin.get_sampling(saved) == 0  # 4:4:4
+        assert saved.quantization[0][0] == 2  # quality 95
+    record = common.provenance(["\udcff"], model="\udcff")  # file names need not be valid Unicode
+    save_image(image, "b.png", record)
+
+
+def test_a_full_disk_leaves_the_old_file():
+    resource, path = pytest.importorskip("resource"), Path("a.jpg")
+    save_image(torch.zeros(1, 3, 4, 4), path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="large"):
+            save_image(torch.rand(1, 3, 64, 64), path)
+        with pytest.raises(InputError, match="large"):
+            common.save_checkpoint({"x": torch.rand(1000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert len(list(Path().iterdir())) == 1
+
+
+def test_the_file_that_a_link_leads_to_is_replaced():
+    Path("real").mkdir()
+    target, link = Path("real/a.png"), Path("link.png")
+    link.symlink_to(target)
+    target.write_bytes(b"old")
+    with target.open("rb") as old:
+        save_image(torch.ones(1, 3, 4, 4), link)
+        assert old.read() == b"old"  # replaced, and not overwritten
+    assert link.is_symlink()
+    assert load_image(target).min() == 1
+    assert [path.name for path in Path("real").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_an_animation_stays_one(suffix):
+    colors, times = [RED, LIME, BLUE], [200, 100, 400]
+    frames = [Image.new("RGB", (40, 20), color) for color in colors]
+    frames[0].save(f"a{suffix}", save_all=True, append_images=frames[1:], duration=times, lossless=True)
+    common.transform_files([Path(f"a{suffix}")], None, "t", lambda image: image.flip(1), 20, {})
+    with Image.open(f"a_t{suffix}") as result:
+        assert (result.size, result.n_frames, result.info["loop"]) == ((20, 10), 3, 0)
+        for k, expected in enumerate([BLUE, LIME, RED]):
+            result.seek(k)
+            result.load()
+            assert result.info["duration"] == times[k]
+            assert max(abs(a - b) for a, b in zip(result.convert("RGB").getpixel((9, 5)), expected, strict=True)) < 6
+    common.transform_files([Path(f"a{suffix}")], Path("first.png"), "t", lambda image: image, None, {})
+    assert load_image("first.png")[0, :, 0, 0].tolist() == [1, 0, 0]
+
+
+def test_losses_are_a_table_and_a_plot_that_leaves_a_notebooks_own_alone():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    before = plt.get_backend()
+    history = [[step, 1e-4 / step, 2.0 / step] for step in range(1, 500)]
+    common.save_losses(["step", "lr", "total"], history, Path("new/a_losses.csv"))
+    rows = Path("new/a_losses.csv").read_text().splitlines()
+    assert (rows[0], rows[4], len(rows)) == ("step,lr,total", "4,2.5e-05,0.5", 500)
+    assert load_image("new/a_losses.png").std() > 0.01
+    assert (plt.get_backend(), plt.get_fignums()) == (before, [])
+
+
+# --- Folders -----------------------------------------------------------------------------------------------
+
+
+def test_folders_are_searched_for_all_that_can_be_read(capsys):
+    """Folders in them and behind links too, but nothing hidden; what is passed over is counted."""
+    for name in ("in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "elsewhere/d.webp", "in/.hidden/e.png", "in/.f.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+    for name in ("in/text.pdf", "in/notes.txt", "in/deep/phone.heic"):
+        Path(name).touch()
+    Path("in/link").symlink_to("../elsewhere", target_is_directory=True)
+    Path("in/deep/circle").symlink_to("..", target_is_directory=True)
+    found = [str(path) for path in find_images(Path("in"))]
+    assert found == ["in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "in/link/d.webp"]
+    message = capsys.readouterr().err
+    assert "3 " in message
+    assert "heif" in message  # what to install for .heic
+    for folder, word in (("missing", "no such folder"), ("in/.hidden/none", "no such folder")):
+        with pytest.raises(InputError, match=word):
+            find_images(Path(folder))
+    Path("empty").mkdir()
+    with pytest.raises(InputError, match="no images"):
+        find_images(Path("empty"))
+
+
+def transformed(inputs, output=None):
+    """Run `transform_files`, which copies; return the files that are new."""
+    before = set(Path().rglob("*"))
+    common.transform_files([Path(name) for name in inputs], output and Path(output), "t", lambda x: x, None, {})
+    return sorted(str(path) for path in set(Path().rglob("*")) - before if path.is_file())
+
+
+@pytest.fixture
+def some_pictures():
+    for name in ("in/deep/a.png", "in/a.bmp", "in/b.png", "c.tif", "scans.jpg/d.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "results"),
+    [
+        (["c.tif"], None, ["c_t.png"]),
+        (["c.tif"], "new/c.jpg", ["new/c.jpg"]),
+        (["c.tif", "in/b.png"], "out", ["out/b.png", "out/c.png"]),
+        (["in"], None, ["in_t/a.png", "in_t/b.png", "in_t/deep/a.png"]),
+        (["in"], "v1.0", ["v1.0/a.png", "v1.0/b.png", "v1.0/deep/a.png"]),
+        (["in"], "in/out", ["in/out/a.png", "in/out/b.png", "in/out/deep/a.png"]),
+        (["scans.jpg"], "out", ["out/d.png"]),
+    ],
+)
+def test_results_of_one_and_of_several(some_pictures, inputs, output, results):
+    assert transformed(inputs, output) == results
+    assert transformed(inputs, output) == []  # a second run replaces the results of the first, and transforms none
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "word"),
+    [
+        (["c.tif"], "c.tif", "input"),
+        (["c.tif"], "in/../c.tif", "input"),
+        (["c.tif"], "c.xyz", "suffix"),
+        (["in"], "in", "input"),
+        (["in/b.png", "in/deep/a.png", "in/a.bmp"], "out", "a.png"),
+        (["c.tif", "in/b.png"], "c.png", "c.png"),
+        (["c.tif"], "in/b.png/c.png", "cannot write"),
+        (["c.tif"], "n" * 300 + ".png", "cannot write"),
+    ],
+)
+def test_no_result_is_an_input_or_that_of_another_input(some_pictures, inputs, output, word):
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=word):
+        transformed(inputs, output)
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_one_failure_does_not_stop_a_folder(capsys):
+    Path("in").mkdir()
+    for name, side in (("a.png", 8), ("b.png", 8), ("large.png", 9)):
+        Image.new("RGB", (side, side)).save(Path("in", name))
+    Path("in/bad.png").write_text("no picture")
+    Path("out/b.png").mkdir(parents=True)  # in the way of a result
+
+    def transform(image):
+        if image.shape[-1] == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return image
+
+    with pytest.raises(SystemExit) as exit_:
+        common.transform_files([Path("in")], Path("out"), "t", transform, None, {})
+    assert exit_.value.code == 1
+    assert [p.name for p in Path("out").iterdir() if p.is_file()] == ["a.png"]
+    assert capsys.readouterr().err.count("warning: ") == 3
+
+
+# --- Weights and checkpoints -------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_refused():
+    path, chance = Path("a.pth"), random.Random(0)
+    state = {"model": {f"w{i}": torch.arange(50.0) * i for i in range(4)}, "step": 3}
+    common.save_checkpoint(state, path)
+    whole = path.read_bytes()
+    torch.save([1], "list.pth")
+    damaged = [b"", b"text", whole[:-100], Path("list.pth").read_bytes()]
+    for _ in range(60):
+        at = chance.randrange(len(whole))
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            assert equal(common.load_checkpoint(path), state)  # a bit that says nothing
+        except InputError as error:
+            assert "damaged" in str(error)
