@@ -1,0 +1,271 @@
+"""A training of any script can be stopped at any moment and goes on exactly; and the pictures that it is given."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import equal, run, save_noise
+from PIL import Image
+
+import common
+from common import Crops, InputError
+
+TRAININGS = {
+    "johnson": "johnson.py train --style style.png --data x -o {}/a.pth --iterations",
+    "cyclegan": "cyclegan.py train x y --epochs 1 --decay-epochs 99999 --pool-size 2 --batch-size 2 -o {} --max-steps",
+}
+STATE = ["model", "optimizer", "G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pools", "step", "history"]
+
+
+@pytest.fixture(params=TRAININGS)
+def training(request):
+    """Return a command line, to be formatted with an output folder and followed by the number of steps."""
+    save_noise("style.png", *(f"x/{i:02d}.png" for i in range(19)), *(f"y/{i}.png" for i in range(11)))
+    return TRAININGS[request.param]
+
+
+def checkpoint(folder):
+    return next(Path(folder).glob("*checkpoint.pth"))
+
+
+def state(folder):
+    """Read all that a training changes."""
+    saved = common.load_checkpoint(checkpoint(folder))
+    return {name: saved[name] for name in STATE if name in saved}
+
+
+# --- Stopping and resuming ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(training, workers):
+    """In the middle of an epoch, with a pool that has begun to exchange pictures, while the learning rate falls."""
+    run(training.format("whole"), 23, "--workers", workers)
+    for steps in (4, 13, 23, 23):  # the same command again and again
+        run(training.format("parts"), steps, "--workers", workers, "--resume")
+    assert equal(state("whole"), state("parts"))
+    assert state("whole")["step"] == 23
+    tables = [next(Path(folder).glob("*losses.csv")).read_text() for folder in ("whole", "parts")]
+    assert tables[0] == tables[1]
+    assert [row.split(",")[0] for row in tables[0].splitlines()] == ["step", "1", "10", "20"]
+
+
+@pytest.fixture
+def start():
+    """Return a function that starts a command in one process, or in several as torchrun does; stderr goes to `log`."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs forkserver")
+    context, started = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload(["conftest", "torch._dynamo", "matplotlib.pyplot"])  # they take long
+
+    def start(*command, processes=1, writes=10**9):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        for rank in range(processes):
+            environment = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            started.append(context.Process(target=run_in, args=(Path.cwd(), environment, command, writes)))
+            started[-1].start()
+        return started[-processes:]
+
+    yield start
+    for process in started:
+        process.kill()  # pytest would wait for it
+
+
+def run_in(folder, environment, command, writes):
+    """Run a command in a process of its own, which kills itself in the middle of writing file number `writes`."""
+    os.setsid()  # so that a signal can be sent to its workers as well
+    os.chdir(folder)
+    os.environ.update(environment)
+    os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in any program
+    fsync, files = os.fsync, []
+
+    def counting(file):
+        files.append(file)
+        if len(files) == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(file)
+
+    os.fsync = counting
+    run(*command)
+
+
+def ends(started):
+    """Return the exit codes of processes, which have 100 s to end."""
+    for process in started:
+        process.join(100)
+        assert not process.is_alive()
+    return [process.exitcode for process in started]
+
+
+@pytest.mark.parametrize("writes", [4, 5, 7])
+def test_killed_while_it_writes(training, start, writes):
+    command = [training.format("a"), 6, "--checkpoint-every", 2]
+    assert ends(start(*command, writes=writes)) == [-signal.SIGKILL]
+    run(*command, "--resume")
+    run(training.format("b"), 6)
+    assert equal(state("a"), state("b"))
+    assert not list(Path().rglob("*.part"))
+
+
+def test_ctrl_c_writes_a_checkpoint_that_resumes_exactly(training, start):
+    """It reaches the processes that load pictures as well, as in a terminal."""
+    started, deadline = start(training.format("a"), 10**5, "--workers", 1), time.monotonic() + 100
+    while "total" not in (Path("log").read_text() if Path("log").exists() else ""):  # in the progress bar
+        assert started[0].is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(started[0].pid, signal.SIGINT)
+    assert ends(started) == [130]
+    assert "Traceback" not in Path("log").read_text()
+    reached = state("a")["step"]
+    for folder in "ab":
+        run(training.format(folder), reached + 2, "--resume")
+    assert equal(state("a"), state("b"))
+
+
+def test_two_processes_train_as_one(training, start):
+    flags = ["--batch-size", 4, "--checkpoint-every", 3]
+    run(training.format("one"), 10, *flags)
+    assert ends(start(training.format("a"), 10, *flags, processes=2)) == [0, 0]
+    for steps in (4, 10):
+        assert ends(start(training.format("b"), steps, *flags, "--resume", processes=2)) == [0, 0]
+    assert equal(state("a"), state("b"))
+    for row, other in zip(state("one")["history"], state("a")["history"], strict=True):
+        assert row == pytest.approx(other, rel=0.05)  # but for rounding, and another pool for each process
+
+
+# --- What may change, and what may not ---------------------------------------------------------------------
+
+
+def test_what_the_command_line_says_is_taken_and_told(training, capsys):
+    """A training can be prolonged, and go on with another learning rate, and with more pictures."""
+    run(training.format("a"), 4, "--lr", "1e-3")
+    save_noise("x/new.png")
+    run(training.format("a"), 4, "--resume")
+    assert "lr" not in capsys.readouterr().err
+    run(training.format("a"), 12, "--lr", "5e-4", "--resume")
+    assert "lr 0.001 → 0.0005" in capsys.readouterr().err
+    assert state("a")["step"] == 12
+    if "johnson" in training:  # what is not said stays as it was: the architecture, too
+        run("johnson.py train --style style.png --data x --norm batch -o b/a.pth --iterations 1")
+        run("johnson.py train --style style.png --data x --resume -o b/a.pth --iterations 2")
+        assert common.load_checkpoint(Path("b/a.pth"))["architecture"]["norm"] == "batch"
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(training, fails):
+    run(training.format("a"), 4)
+    before = state("a")
+    error = fails(training.format("a"), 30, "--lr", "1e30", "--resume")
+    assert "checkpoint.pth is the last good state" in error
+    assert "--lr" in error
+    assert equal(state("a"), before)
+    run(training.format("a"), 30, "--lr", "1e-4", "--resume")
+    assert state("a")["step"] == 30
+
+
+def test_no_checkpoint_of_this_script(training, fails):
+    run(training.format("a"), 2)
+    path = checkpoint("a")
+    saved = common.load_checkpoint(path)
+    assert path.stat().st_size < sum(p.stat().st_size for p in Path().rglob("*.pth")) + 1
+    name = "model" if "johnson" in training else "G"
+    for change in ({name: {}}, {"step": None}, {"history": [["a"]]}):
+        torch.save(saved | change, path)
+        assert "checkpoint" in fails(training.format("a"), 2, "--resume")
+    torch.save({"weights": torch.rand(3)}, path)
+    assert "checkpoint" in fails(training.format("a"), 2, "--resume")
+    path.write_text("text")
+    assert path.name in fails(training.format("a"), 2, "--resume")
+
+
+def test_processes_that_load_pictures(training, fails, monkeypatch):
+    """What goes wrong in them is one line too."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes" in fails(training.format("a"), 2)
+    monkeypatch.delenv("WORLD_SIZE")
+    with monkeypatch.context() as patch:
+        patch.setattr(Crops, "__getitem__", lambda self, i: os._exit(1))
+        assert "--workers 0" in fails(training.format("a"), 2, "--workers", 1)
+    paths = sorted(Path("x").iterdir())
+    for path in paths[4:]:  # the first four are the samples
+        path.write_text("no picture")
+    assert fails(training.format("a"), 2, "--workers", 1).startswith("error: none of the images in")
+
+
+# --- The pictures of a training ----------------------------------------------------------------------------
+
+
+def numbered(folder, n, size=(14, 11), first=0):
+    """Write pictures whose red is their number, green grows to the right and blue downwards."""
+    Path(folder).mkdir()
+    for i in range(first, first + n):
+        image = Image.new("RGB", size)
+        image.putdata([(8 * i, 16 * x, 16 * y) for y in range(size[1]) for x in range(size[0])])
+        image.save(Path(folder, f"{i:02d}.png"))
+    return sorted(Path(folder).iterdir())
+
+
+def numbers(items, domain=0):
+    return [round(item[domain][0].mean().item() * 255 / 8) for item in items]
+
+
+def test_crops_see_every_picture_once_an_epoch_in_another_order():
+    X, Y = numbered("x", 12), numbered("y", 5, first=20)
+    crops = Crops([X, Y], 11, 8, seed=0)
+    items = [crops[i] for i in range(60)]
+    xs = [numbers(items[k : k + 12]) for k in range(0, 60, 12)]
+    ys = [numbers(items[k : k + 5], 1) for k in range(0, 60, 5)]
+    assert all(sorted(x) == list(range(12)) for x in xs)
+    assert all(sorted(y) == list(range(20, 25)) for y in ys)
+    assert len(set(map(tuple, xs))) == 5
+    assert len(set(map(tuple, ys))) > 5
+    both = Crops([X, X], 11, 8, seed=0)
+    assert numbers([both[i] for i in range(12)]) != numbers([both[i] for i in range(12)], 1)  # each has its own order
+    again, other = Crops([X, Y], 11, 8, seed=0), Crops([X, Y], 11, 8, seed=1)
+    assert all(equal(again[i], items[i]) for i in (59, 3, 30))
+    assert numbers([other[i] for i in range(12)]) != xs[0]
+
+
+def test_crops_lie_anywhere_and_half_of_them_are_mirrored():
+    (path,) = numbered("x", 1, size=(15, 12))
+    crops, plain = Crops([[path]], 12, 8, seed=0, flip=True), Crops([[path]], 12, 8, seed=0)
+    places, flipped = set(), 0
+    for i in range(200):
+        (crop,), (same,) = crops[i], plain[i]
+        assert crop.shape == (3, 8, 8)
+        turned = bool(crop[1, 0, 0] > crop[1, 0, -1])
+        flipped += turned
+        assert torch.equal(crop.flip(2) if turned else crop, same)
+        places.add((round(same[1, 0, 0].item() * 255 / 16), round(same[2, 0, 0].item() * 255 / 16)))
+    assert places == {(x, y) for x in range(8) for y in range(5)}
+    assert 70 < flipped < 130
+    both = Crops([[path], [path]], 12, 8, seed=0)
+    assert sum(torch.equal(*both[i]) for i in range(40)) < 10  # one in 40 by chance
+    (half,) = Crops([[path]], 6, 6, seed=0)[0]  # shorter side 6: the whole height in one crop
+    assert (half[2, -1, 0] - half[2, 0, 0]) * 255 > 16 * 9
+
+
+def test_pictures_that_cannot_be_used_are_passed_over(capsys):
+    files = numbered("x", 10)
+    Image.new("RGB", (1, 5000)).save("thin.png")
+    Path("text.png").write_text("no picture")
+    bad = [Path("thin.png"), Path("text.png")]
+    crops = Crops([[*files[:2], *bad]], 11, 8, seed=0)
+    assert set(numbers([crops[i] for i in range(12)])) == {0, 1}
+    errors = capsys.readouterr().err
+    assert all(str(path) in errors for path in bad)
+    files[1].write_text("no picture")
+    squares, rest = common.hold_out(files, 6)
+    assert numbers([[square] for square in squares]) == [0, 2, 3, 4]
+    assert rest == [files[1], *files[5:]]
+    assert [len(common.hold_out(files[:n], 6)[1]) for n in (8, 9)] == [8, 5]
+    with pytest.raises(InputError, match="can be read"):
+        common.hold_out(files[1:2], 6)
