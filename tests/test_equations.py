@@ -15,7 +15,7 @@ from torch import nn
 import cyclegan
 import gatys
 import johnson
-from common import VGG, gram_matrix, rescale
+from common import VGG, gram_matrix, keep_color, rescale
 
 close = torch.testing.assert_close
 
@@ -28,6 +28,10 @@ def draw(*shape, seed=0):
 def pictures(*shape, seed=0):
     """Draw pictures of noise in [0, 1]."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def floats(losses):
+    return {name: value.item() for name, value in losses.items()}
 
 
 # --- VGG: the feature maps that the first two papers compare ------------------------------------------------
@@ -122,6 +126,46 @@ def test_gatys_eq_4_style_loss_of_a_layer():
     close(gatys.style_loss(gram_matrix(F), gram_matrix(P)), style_by_loops(F, P))
 
 
+GATYS = {"content_layers": ["relu2_1", "relu3_1"], "style_layers": ["relu1_1", "relu2_1", "relu3_1"]}
+
+
+def gatys_losses(**options):
+    """Compute the losses of a picture x, and in float64 the maps F of x, P of the photo and S of the painting."""
+    x, photo = pictures(2, 1, 3, 24, 20)
+    painting = pictures(1, 3, 16, 32, seed=1)
+    args = gatys.settings(photo, [painting], **GATYS, **options)
+    vgg = VGG(GATYS["style_layers"], "vgg16", "random")
+    losses = gatys.Objective(vgg, photo, [painting], args)(x)
+    vgg = copy.deepcopy(vgg).double()
+    return x.double(), floats(losses), *(vgg(image.double()) for image in (x, photo, painting))
+
+
+def E(F, S):
+    """Gatys Eq. 4 as before, with matrices; the picture and the painting have each their own M."""
+    G, A = (f[0].flatten(1) @ f[0].flatten(1).T / f[0].numel() for f in (F, S))
+    return ((G - A) ** 2).sum().item() / 4
+
+
+def test_gatys_eq_5_style_loss():
+    """L_style = Σ_l w_l E_l"""
+    for options, w in (({}, [1 / 3] * 3), ({"style_layer_weights": [0.1, 0.2, 0.9]}, [0.1, 0.2, 0.9])):
+        _, losses, F, _, S = gatys_losses(**options)
+        eq_5 = sum(w_l * E(F[layer], S[layer]) for w_l, layer in zip(w, GATYS["style_layers"], strict=True))
+        assert losses["style"] == pytest.approx(eq_5, rel=1e-4)
+
+
+def test_gatys_eq_7_total_loss():
+    """L_total = α L_content + β L_style, and here the total variation; several content layers count equally."""
+    x, losses, F, P, _ = gatys_losses(content_weight=2.0, style_weight=70.0, tv_weight=5.0)
+    eq_1 = sum(((F[layer] - P[layer]) ** 2).mean().item() / 2 for layer in GATYS["content_layers"])
+    assert losses["content"] == pytest.approx(eq_1 / 2, rel=1e-4)
+    down = [(x[0, c, i + 1, j] - x[0, c, i, j]) ** 2 for c in range(3) for i in range(23) for j in range(20)]
+    right = [(x[0, c, i, j + 1] - x[0, c, i, j]) ** 2 for c in range(3) for i in range(24) for j in range(19)]
+    assert losses["variation"] == pytest.approx(sum(down).item() / len(down) + sum(right).item() / len(right), rel=1e-4)
+    eq_7 = 2 * losses["content"] + 70 * losses["style"] + 5 * losses["variation"]
+    assert losses["total"] == pytest.approx(eq_7, rel=1e-5)
+
+
 def test_gatys_eq_6_gradient_of_the_style_loss():
     """∂E_l/∂F_ij = 1/(N² M²) ((F)ᵀ (G − A))_ji if F_ij > 0, else 0"""
     before_relu, p = draw(2, 1, N, H, W, seed=4)
@@ -132,6 +176,58 @@ def test_gatys_eq_6_gradient_of_the_style_loss():
     for i, j in itertools.product(range(N), range(M)):
         eq_6 = sum(f[k, j] * (G[k][i] - A[k][i]) for k in range(N)) / (N**2 * M**2) if f[i, j] > 0 else 0.0
         assert before_relu.grad.reshape(N, M)[i, j].item() == pytest.approx(float(eq_6), rel=1e-4, abs=1e-9)
+
+
+def test_gatys_2017_eq_4_guided_gram_matrix():
+    """F_r = T_r ∘ F with Σ_i T_r,i² = 1, and G_r = F_r F_rᵀ: only what lies under the mask T_r counts."""
+    F, T = draw(1, N, H, W, seed=5), pictures(1, 1, 2 * H, 3 * W).double()
+    t = torch.tensor([[T[0, 0, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean() for j in range(W)] for i in range(H)])
+    eq_4 = torch.tensor(gram_by_loops(F * t / (t**2).sum().sqrt())).double()
+    close(gram_matrix(F, T)[0], eq_4 / N, rtol=1e-5, atol=1e-9)
+    close(gram_matrix(F, torch.ones(1, 1, 1, 1)), gram_matrix(F))  # everywhere is 1/M for each of M positions
+    assert not gram_matrix(F, torch.zeros(1, 1, 9, 9)).any()
+    left = (torch.arange(W) < 2).double().expand(1, 1, H, W)
+    parts = [mask.mean() * gram_matrix(F, mask) for mask in (left, 1 - left)]
+    close(sum(parts), gram_matrix(F), rtol=1e-5, atol=1e-9)  # regions that share out the picture add up to it
+
+
+def yiq(image):
+    """Convert (1, 3, H, W) to luminance Y and colours I, Q, (3, H*W), by the table of NTSC."""
+    table = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]).double()
+    return table @ image[0].flatten(1).double()
+
+
+def test_gatys_2017_section_5_1_luminance_transfer():
+    """L_s' = σ_c/σ_s (L_s − μ_s) + μ_c; the result has the luminance of what was painted, and the photo's I and Q."""
+    photo, painted = (0.3 * pictures(1, 3, 6, 7, seed=seed) + 0.35 for seed in (0, 1))
+    kept = yiq(keep_color(painted, photo))
+    close(kept[0], yiq(painted)[0], rtol=0, atol=1e-5)
+    close(kept[1:], yiq(photo)[1:], rtol=0, atol=1e-5)
+    red, white = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    assert keep_color(white, red).max() == 1  # clamped
+    content, style = pictures(1, 3, 40, 56) ** 2, pictures(1, 3, 32, 48, seed=1) * 0.6 + 0.1
+    matched = gatys.match_luminance(style, content)
+    assert torch.equal(matched[:, 0], matched[:, 2])  # grey
+    a, b = yiq(matched)[0], yiq(content)[0]
+    assert a.mean().item() == pytest.approx(b.mean().item(), abs=0.005)  # some of it is clamped
+    assert a.std().item() == pytest.approx(b.std().item(), abs=0.01)
+
+
+def test_gatys_2017_section_5_2_color_histogram_matching():
+    """x ↦ A x + b, so that mean and covariance are the painting's: A C_x Aᵀ = C_s. Of all such A, the symmetric one."""
+    mix = torch.tensor([[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.1, 0.1, 0.6]])
+    image, *targets = (pictures(1, 3, 20, 30, seed=k) ** k for k in (1, 2, 3))
+    targets = [torch.einsum("ij,bjhw->bihw", mix, target) for target in targets]
+    matched = gatys.match_color(image, targets)[0].flatten(1).double()
+    wanted = torch.cat([target[0].flatten(1) for target in targets], 1).double()
+    close(matched.mean(1), wanted.mean(1), rtol=0, atol=1e-5)
+    close(torch.cov(matched, correction=0), torch.cov(wanted, correction=0), rtol=0, atol=1e-5)
+    x, y = (pixels - pixels.mean(1, keepdim=True) for pixels in (image[0].flatten(1).double(), matched))
+    A = torch.linalg.lstsq(x.T, y.T).solution.T
+    close(A, A.T, rtol=0, atol=1e-4)
+    assert torch.linalg.eigvalsh(A).min() > 0
+    larger = [targets[0].repeat(1, 1, 3, 2), targets[1]]  # a style counts as much whatever its size
+    close(gatys.match_color(image, larger), gatys.match_color(image, targets))
 
 
 # --- Johnson, Alahi, Fei-Fei 2016: Perceptual Losses for Real-Time Style Transfer and Super-Resolution -------
@@ -199,10 +295,6 @@ def eq_5(phi, y_hat, y_c, y_s):
     return {"total": total, "content": content, "style": style, "variation": variation}
 
 
-def floats(losses):
-    return {name: value.item() for name, value in losses.items()}
-
-
 def test_johnson_eq_5_objective(phi):
     """Also its gradient with respect to ŷ: in the paper's baseline, ŷ itself is what is optimised."""
     y_s, (y_hat, y_c) = pictures(1, 3, 24, 32), pictures(2, 2, 3, 16, 20, seed=1).requires_grad_()
@@ -267,24 +359,9 @@ def test_johnson_table_1_network(switches, first, body):
 # --- Zhu, Park, Isola, Efros 2017: Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks
 
 
-def G(x):
-    """A generator that every reader can follow: colours change places, and darken."""
-    return 0.9 * x.flip(1)
-
-
-def F(y):
-    return y.square()
-
-
-def D_X(x):
-    """A verdict for every fourth pixel."""
-    return x[:, :1, ::2, ::2] - 0.3
-
-
-def D_Y(y):
-    return 2 * y[:, 1:2, ::2, ::2]
-
-
+# Networks that every reader can follow: generators change colours, discriminators judge every fourth pixel.
+G, F = lambda x: 0.9 * x.flip(1), lambda y: y.square()
+D_X, D_Y = lambda x: x[:, :1, ::2, ::2] - 0.3, lambda y: 2 * y[:, 1:2, ::2, ::2]
 x, y = pictures(2, 2, 3, 4, 6).double()
 
 
