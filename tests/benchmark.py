@@ -1,0 +1,167 @@
+"""Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, all rows by default.
+
+Each row has the time and memory of a step, and the time of the same step as it is commonly written, in float32, in
+turns with it. At larger sizes it says how the time grows: side^2 is in proportion to the pixels. The last row has the
+claims of Johnson's Fig. 5 and Table 1.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cyclegan
+import gatys
+import johnson
+from common import VGG, load_checkpoint, load_image, pick_device, pick_precision
+
+EXAMPLES = Path(gatys.__file__).parent / "examples"
+PRECISION = pick_precision("auto", DEVICE := pick_device())
+
+
+def example(name, size, **options):
+    return load_image(EXAMPLES / f"{name}.jpg", size, **options).to(DEVICE)
+
+
+def plain_gram(f):
+    """Compute the Gram matrix of feature maps (B, C, H, W), as it is commonly written."""
+    f = f.flatten(2)
+    return f @ f.mT / f[0].numel()
+
+
+def gatys_evaluation(size):
+    """Return functions that compute the loss of the default command and its gradient: as it is here, and plainly."""
+    content, style = example("content", size), example("style", size)
+    args = gatys.settings(content, [style])
+    options = [*args.content_layers, *args.style_layers], "vgg19", "auto", "avg"
+    objective = gatys.Objective(VGG(*options, PRECISION).to(DEVICE), content, [style], args)
+    vgg = VGG(*options).to(DEVICE, memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        P, S = vgg(content), vgg(style)
+
+    def plain():
+        F = vgg(content.clone().requires_grad_())
+        style = sum((plain_gram(F[layer]) - plain_gram(S[layer])).square().sum() for layer in args.style_layers)
+        (style + sum((F[layer] - P[layer]).square().mean() for layer in args.content_layers)).backward()
+
+    return lambda: objective(content.clone().requires_grad_())["total"].backward(), plain
+
+
+def johnson_objective(args, y_s):
+    vgg = VGG([args.content_layer, *args.style_layers], "vgg19", precision=PRECISION).to(DEVICE)
+    weights = args.content_weight, args.style_weight, args.tv_weight
+    return johnson.Objective(vgg, y_s, args.content_layer, args.style_layers, *weights)
+
+
+def johnson_step(size):
+    """Return functions that train on a batch of 4; plainly, all of VGG is run on the photos too."""
+    x, y_s, f_W = torch.rand(4, 3, size, size, device=DEVICE), example("style", 512), johnson.TransformNet().to(DEVICE)
+    args, optimizer = johnson.parse_args(["train", "--style", "", "--data", ""]), torch.optim.Adam(f_W.parameters())
+    c, s, objective = args.content_layer, args.style_layers, johnson_objective(args, y_s)
+    vgg = VGG([c, *s], "vgg19").to(DEVICE, memory_format=torch.contiguous_format)
+
+    def plain():
+        f, target = vgg(f_W(x)), vgg(x)
+        style = sum((plain_gram(f[layer]) - objective.G_s[layer]).square().sum() for layer in s)
+        optimizer.zero_grad()
+        (style + (f[c] - target[c]).square().mean()).backward()
+        optimizer.step()
+
+    return lambda: johnson.step(f_W, objective, optimizer, x), plain
+
+
+def johnson_stylize(size):
+    f_W, x = johnson.load_network(johnson.model_file("auvers")).to(DEVICE), torch.rand(1, 3, size, size, device=DEVICE)
+    return lambda: johnson.stylize(f_W, x), lambda: johnson.stylize(f_W, x, precision="float32")
+
+
+def cyclegan_step(size):
+    x, y = torch.rand(2, 1, 3, size, size, device=DEVICE)  # batch 1, 9 blocks; plainly it is the same in float32
+    ours, plain = (cyclegan.CycleGAN(device=DEVICE, precision=p) for p in (PRECISION, torch.float32))
+    return lambda: ours.step(x, y), lambda: plain.step(x, y)
+
+
+def cyclegan_translate(size):
+    G, x = cyclegan.Generator().to(DEVICE).eval(), torch.rand(1, 3, size, size, device=DEVICE)
+    return lambda: cyclegan.translate(G, x), lambda: cyclegan.translate(G, x, precision="float32")
+
+
+def best(*steps, repeats=3):
+    """Measure the shortest time of each step in seconds; the steps take turns."""
+    times = [math.inf] * len(steps)
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(DEVICE.type, lambda: None)
+    for i in [*range(len(steps))] * (repeats + 1):  # the first round warms up
+        start = time.perf_counter()
+        steps[i]()
+        wait()
+        times[i] = min(times[i], time.perf_counter() - start)
+    return times
+
+
+def peak():
+    """Measure the most memory that this process has had, in GB; on a GPU, that of the tensors there."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss begins with what the parent process had
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e9
+    import resource  # not on Windows
+
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def measure(name, sizes, repeats):
+    """Print a row for each size; the memory is that of a process of its own."""
+    before = None
+    for size in sizes:
+        code = f"import benchmark as b; b.best(b.ROWS['{name}'][0]({size})[0], repeats=0); print(b.peak())"
+        alone = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+        if alone.returncode:
+            return print(f"{name:<19} {size:>4} px  does not fit into memory")
+        ours, plain = best(*ROWS[name][0](size), repeats=repeats)
+        text = f"{ours:>8.3f} s {float(alone.stdout):>6.2f} GB   plainly {plain:>7.3f} s: × {ours / plain:.2f}"
+        growth = f"  time ∝ side^{math.log(ours / before[0], size / before[1]):.1f}" if before else ""
+        print(f"{name:<19} {size:>4} px {text}{growth}", flush=True)
+        before = ours, size
+
+
+def johnson_claims(size):
+    """Print the L-BFGS iterations from noise to the loss of one pass (Fig. 5), and the time of 500 (Table 1)."""
+    x, args = example("content", size, center_crop=True), gatys.parse_args(["", "", "--init=noise", "--lbfgs-iters=1"])
+    for style in johnson.STYLES:
+        f_W = johnson.load_network(johnson.model_file(style)).to(DEVICE)
+        saved = argparse.Namespace(**load_checkpoint(johnson.model_file(style))["settings"])
+        objective = johnson_objective(saved, example("style" if style == "auvers" else style, saved.style_size))
+        (seconds,), y_hat = best(lambda f_W=f_W: johnson.stylize(f_W, x)), johnson.stylize(f_W, x)
+        noise, reached, start = torch.rand(x.shape).to(DEVICE), objective(y_hat, x)["total"].item(), time.perf_counter()
+        for n, (_, losses) in enumerate(gatys.optimize(noise, lambda y, o=objective: o(y, x), 500, args), 1):
+            if losses["total"] <= reached or n == 500:
+                times = 500 * (time.perf_counter() - start) / n / seconds
+                text = f"{style}: {n} iterations reach its loss (paper: 50–100), 500 take {times:.0f} × (about 1000)"
+                print(f"johnson-claims      {size:>4} px {seconds:>8.3f} s  {text}", flush=True)
+                break
+
+
+ROWS = {  # what is measured, the sizes, and that of --quick
+    "gatys-evaluation": (gatys_evaluation, [512, 1024, 2048], 256),
+    "johnson-step": (johnson_step, [256], 64),
+    "johnson-stylize": (johnson_stylize, [512, 1024, 2048], 256),
+    "cyclegan-step": (cyclegan_step, [256], 64),
+    "cyclegan-translate": (cyclegan_translate, [256, 512, 1024], 128),
+    "johnson-claims": (johnson_claims, [256], 128),
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", default=ROWS, help=", ".join(ROWS))
+    parser.add_argument("--quick", action="store_true", help="smaller pictures, in two minutes")
+    args = parser.parse_args()
+    print(f"{DEVICE}, {torch.get_num_threads()} threads, {PRECISION}, torch {torch.__version__}")
+    for name in args.rows:
+        sizes = ROWS[name][2:] if args.quick else ROWS[name][1]
+        johnson_claims(*sizes) if name == "johnson-claims" else measure(name, sizes, repeats=1 if args.quick else 3)
