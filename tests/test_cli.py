@@ -1,6 +1,6 @@
 """The command lines, as a user types them: results of gatys.py, mistakes in all scripts, the order of arguments."""
 
-import csv
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +14,7 @@ from conftest import SCRIPTS, TINY, run, save_noise, split
 from PIL import Image, ImageChops, ImageStat
 
 import gatys
-from common import load_image
+from common import load_image, to_pil
 
 ROOT = Path(__file__).parent.parent
 CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
@@ -38,7 +38,7 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
         assert picture.text["losses"].startswith("total ")
     assert capsys.readouterr().out == "content_style.png\n"
     assert str(gatys.parse_args(["a.jpg", "b.jpg", "c.png"]).output) == "a_b_c.png"
-    assert str(gatys.parse_args(["a.jpg"]).output) == "a_inversion.png"
+    assert str(gatys.parse_args(["a.jpg", "--style-weight", "0"]).output) == "a_inversion.png"
 
 
 def test_everything_that_can_be_saved():
@@ -48,12 +48,11 @@ def test_everything_that_can_be_saved():
     with Image.open("new/a.gif") as animation:
         assert animation.size == (48, 32)
         assert animation.n_frames > 6  # it fades from the photo into the first of the six
-        photo = gatys.to_pil(load_image(CONTENT, 48))
+        photo = to_pil(load_image(CONTENT, 48))
         assert ImageStat.Stat(ImageChops.difference(animation.convert("RGB"), photo)).mean < [25, 25, 25]
     for frame in frames:
         assert load_image(f"new/{frame}").shape == (1, 3, 32, 48)  # also those of the coarse scale
-    with Path("new/a_losses.csv").open(newline="") as file:
-        rows = list(csv.reader(file))
+    rows = [row.split(",") for row in Path("new/a_losses.csv").read_text().splitlines()]
     assert rows[0] == ["step", "total", "content", "style", "variation"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5", "6"]
     run("gatys.py -o new/a.jpg --save-all", CONTENT, STYLE)
@@ -73,10 +72,10 @@ def test_the_command_line_gives_the_picture_of_a_python_call():
 
 FLAGS = """--content-weight 50 | --style-weight 1 | --tv-weight 900 | --num-steps 6 | --lbfgs-iters 4 | --scales 2 |
     --content-layers relu1_1 | --style-layers relu2_2 | --optimizer adam | --lr 0.3 | --init content | --init style |
-    --init noise | --init noise --seed 8 | --pooling max | --vgg vgg16 | --precision bfloat16 | --style-scale 0.5 |
-    --preserve-color histogram | --preserve-color luminance | --style-blend 5 1 | --style-masks mask.png |
-    --painting-masks mask.png mask.png | --protect mask.png | --protect mask.png --protect-weight 1 | --center-crop |
-    --image-size 40"""
+    --init noise | --init noise --seed 8 | --pooling max | --style-layers relu4_1 | --style-layers relu4_1 --vgg vgg16 |
+    --precision bfloat16 | --style-scale 0.5 | --preserve-color histogram | --preserve-color luminance | --center-crop |
+    --style-blend 5 1 | --style-masks mask.png | --painting-masks mask.png mask.png | --image-size 40 |
+    --protect mask.png | --protect mask.png --protect-weight 1 | --style-layer-weights 1 9"""
 
 
 def test_every_flag_changes_the_picture():
@@ -85,37 +84,35 @@ def test_every_flag_changes_the_picture():
     Image.linear_gradient("L").save("mask.png")
     made = {}
     for flags in ["", *FLAGS.split("|")]:
-        run("gatys.py a.png b.png c.png -o d.png", *flags.split())
+        run("gatys.py a.png b.png c.png -o d.png --num-steps 3 --lbfgs-iters 3 --content-weight 9", *flags.split())
         made[flags] = load_image("d.png")
     for i, (flags, picture) in enumerate(made.items()):
         for others, other in list(made.items())[:i]:
-            assert picture.shape != other.shape or (picture - other).abs().mean() > 2e-4, (flags, others)
+            assert picture.shape != other.shape or (picture - other).abs().mean() > 5e-5, (flags, others)
 
 
 @pytest.mark.parametrize(("losses", "interrupted"), [([3, 2, 5], False), ([3, 2, 5, 1], True), ([4, 3, 2], False)])
 def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses, interrupted):
-    """Of a finished run, and of one that Ctrl-C ends in its fourth step; the coarse scale's loss is another one."""
+    """Of a finished run, and of one that Ctrl-C ends in its fifth step; the coarse scale's loss is another one."""
 
     def paint(content, *arguments, **options):
         yield torch.zeros(1, 3, 16, 24), {"total": 0.1}
         for step, loss in enumerate(losses, 2):
-            if interrupted and step == 5:
+            if step == 5:
                 signal.raise_signal(signal.SIGINT)
             yield torch.full_like(content, loss / 10), {"total": float(loss)}
 
     monkeypatch.setattr(gatys, "paint", paint)
-    command = "gatys.py --num-steps 4 --scales 1 --save-losses"
-    if interrupted:
-        with pytest.raises(SystemExit, match="130"):
-            run(command, CONTENT, STYLE)
-    else:
-        run(command, CONTENT, STYLE)
-        result = gatys.stylize(torch.zeros(1, 3, 32, 48), [torch.zeros(1, 3, 32, 48)])
-        assert result.max().item() == pytest.approx(min(losses) / 10)
+    with pytest.raises(SystemExit, match="130") if interrupted else contextlib.nullcontext():
+        run("gatys.py --num-steps 4 --scales 1 --save-losses", CONTENT, STYLE)
+    least = min(losses[:3])
     with Image.open("content_style.png") as picture:
-        assert abs(picture.getpixel((5, 5))[0] - 25.5 * min(losses[:3])) < 1
-        assert picture.text["step"] == f"{2 + losses.index(min(losses[:3]))} of 4"
+        assert abs(picture.getpixel((5, 5))[0] - 25.5 * least) < 1
+        assert picture.text["step"] == f"{2 + losses.index(least)} of 4"
     assert len(Path("content_style_losses.csv").read_text().splitlines()) == 5
+    if not interrupted:
+        result = gatys.stylize(torch.zeros(1, 3, 32, 48), [torch.zeros(1, 3, 32, 48)])
+        assert result.max().item() == pytest.approx(least / 10)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals work differently there")

