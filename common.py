@@ -102,8 +102,7 @@ class VGG(nn.Module):
             raise InputError(f"the weights {weights} are not those of {self.arch}: check --vgg-weights") from error
         self.register_buffer("mean", IMAGENET_MEAN, persistent=False)
         self.register_buffer("std", IMAGENET_STD, persistent=False)
-        # In channels-last order convolutions are faster, most of all in bfloat16.
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Map images (B, 3, H, W) in [0, 1] to {name: feature map (B, C, H/2ᵏ, W/2ᵏ)}, in the order asked for.
@@ -119,6 +118,8 @@ class VGG(nn.Module):
                     break
                 x = layer(x)
                 if self.name_at.get(i) in layers:
+                    if x.device.type == "mps" and x.requires_grad:  # whose kernels expect this order
+                        x.register_hook(torch.Tensor.contiguous)
                     maps[self.name_at[i]] = x  # no in-place ReLU changes it later: none follows another ReLU directly
         return {name: maps[name] for name in layers}
 
@@ -153,7 +154,9 @@ def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
             new.weight *= previous / mean
             new.bias /= mean
             previous = mean
-    return rescaled
+    # In channels-last order convolutions are faster. Apple's GPUs compute wrong gradients in it (pytorch issue 175190).
+    mps = images[0].device.type == "mps"
+    return rescaled.to(memory_format=torch.contiguous_format if mps else torch.channels_last)
 
 
 def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -170,10 +173,7 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
             T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
             f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
-        G = f.detach().mT @ f  # autograd sees one factor, and takes one product for the gradient, as in Gatys Eq. 6, …
-        if G.requires_grad:
-            G.register_hook(lambda gradient: gradient + gradient.mT)  # … which is with this that of both factors
-        return G / (c * h * w)
+        return f.mT @ f / (c * h * w)
 
 
 def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
