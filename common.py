@@ -349,6 +349,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 NETWORK_TIMEOUT = 5.0  # seconds without an answer, after which a download is given up
 ANIMATIONS = (".gif", ".webp")
+NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
 
 
@@ -400,8 +401,25 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=number(int), default=2, help="processes that load pictures")
     add("--seed", type=number(int, most=2**30), default=0, help="of the initial weights, the order and the crops")
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="STEPS", help="write all that can be resumed")
-    resume = "continue this output's checkpoint, or begin where there is none; or continue from FILE"
-    add("--resume", nargs="?", type=Path, const=True, metavar="FILE", help=resume)
+    resume = "go on from this output's checkpoint, or begin where there is none; flags that are given replace its own"
+    add("--resume", action="store_true", help=resume)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line in which flags and files stand in any order; of a subcommand, too."""
+    command, rest = command_parser(parser, argv)
+    args = command.parse_intermixed_args(rest)
+    return args if command is parser else argparse.Namespace(**vars(args), command=argv[0])
+
+
+def command_parser(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """Return the parser of the subcommand that a command line begins with, and the rest of the line."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            if not argv or argv[0] not in action.choices:
+                parser.parse_args(argv)  # shows the help or what is wrong
+            return action.choices[argv[0]], list(argv[1:])
+    return parser, list(argv)
 
 
 @contextmanager
@@ -871,84 +889,97 @@ class Crops(Dataset):
         raise InputError(f"none of the images in {files[0].parent} can be read")
 
 
-def fingerprints(folder: Path, files: Iterable[Path], whole: bool = False) -> dict[str, int]:
-    """{name in `folder`: size in bytes, or checksum if `whole`}, by which a resumed training knows its files again."""
-    return {
-        os.path.relpath(file, folder): zlib.crc32(file.read_bytes()) if whole else file.stat().st_size
-        for file in files
-        if file.exists()
-    }
-
-
 def processes() -> tuple[int, int]:
-    """The number of this process and of all, as torchrun sets them."""
+    """Return the number of this process and of all, as torchrun sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def claim_outputs(
-    checkpoint: Path, others: Sequence[Path], inputs: Sequence[Path], resume: Path | bool | None
-) -> Path | None:
-    """Check what a training is to write, before any work; return the checkpoint to go on from, None for a new training.
+def resumed_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str], checkpoint_of: Callable[[argparse.Namespace], Path]
+) -> argparse.Namespace:
+    """Parse a command line. With --resume, what it does not say is as in the checkpoint, if that exists.
+
+    So the same command goes on with the same training, and a flag that is given changes it from now on. One line tells
+    what differs from before. A command without --resume among its flags is only parsed.
+    """
+    args = parse(parser, argv)
+    if not getattr(args, "resume", False) or not checkpoint_of(args).exists():
+        return args
+    state = load_checkpoint(checkpoint_of(args))
+    saved = state.get("args", state.get("settings"))  # as they were called, fewer, and with torch's names of types
+    if not isinstance(saved, dict):
+        raise InputError(f"{checkpoint_of(args)} is no checkpoint of this script's train")
+    saved = {name: value for name, value in saved.items() if name in vars(args) and name != "resume"}
+    saved["precision"] = str(saved["precision"]).removeprefix("torch.")
+    command_parser(parser, argv)[0].set_defaults(**saved)
+    args = parse(parser, argv)
+    now = plain(args)
+    changes = [f"{name} {before} → {now[name]}" for name, before in saved.items() if now[name] != before]
+    if changes and processes()[0] == 0:
+        print("resuming:", ", ".join(changes), file=sys.stderr)
+    return args
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as a checkpoint can hold them: paths as text, no functions."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if not callable(value)
+    }
+
+
+def claim_outputs(outputs: Sequence[Path], inputs: Sequence[Path], resume: bool) -> None:
+    """Check what a training is to write, before any work.
 
     Raises:
-        InputError: it cannot be written, is an input, or belongs to another training.
+        InputError: it cannot be written, is an input, or exists although there is no checkpoint to go on from.
     """
-    table = losses_table(checkpoint)
-    outputs = [*others, checkpoint, table, table.with_suffix(".png")]
-    if resume is True:
-        resume = checkpoint if checkpoint.exists() else None
-    own = resume and os.path.realpath(resume) == os.path.realpath(checkpoint)
-    check_outputs(outputs, [*inputs, *([resume] if resume and not own else [])])
+    check_outputs(outputs, inputs)
+    if resume and any(path.name.endswith("checkpoint.pth") and path.exists() for path in outputs):
+        return
     for path in outputs:
-        if path.exists() and not own and processes()[0] == 0:
+        if path.exists() and processes()[0] == 0:
             raise InputError(f"{path} exists: continue that training with --resume, or choose another --output")
-    return resume or None
-
-
-def losses_table(checkpoint: Path) -> Path:
-    """<name>.losses.csv beside <name>.checkpoint.pth, losses.csv beside checkpoint.pth."""
-    return checkpoint.with_name(checkpoint.name.replace("checkpoint.pth", "losses.csv"))
 
 
 @dataclass
 class Training:
-    """What every training needs and no paper mentions: it can be watched, stopped at any moment, and resumed exactly.
+    """Do for a training what no paper mentions: show how far it is, save it, stop and resume it exactly.
 
         run = Training(...)
         for x, y in run.batches(data):
             run.log(step(x, y))
 
-    A checkpoint holds all that changes, and the data depend on the step alone. So a training that was stopped, by
-    Ctrl-C or kill -9, and resumed gives the weights of one that was not, bit for bit on a CPU. Under torchrun each
-    process takes its share of every batch, and gradients are averaged.
+    Which pictures a step sees depends on its number alone (see Crops), and a checkpoint holds all that changes. So
+    resuming is exact by construction: a training that was stopped, by Ctrl-C or kill -9, and is gone on with by the
+    same command and --resume, gives the same weights as one that was not, bit for bit on a CPU.
+
+    Under torchrun each process takes its share of every batch, and gradients are averaged before each step of an
+    optimiser. (DistributedDataParallel expects one backward pass through one network; CycleGAN has four, in turns.)
     """
 
-    args: argparse.Namespace  # of add_training_arguments, with batch_size
+    args: argparse.Namespace  # with batch_size and those of add_training_arguments
     device: torch.device
-    checkpoint: Path  # to write
-    resume: Path | None  # to go on from, as claim_outputs returns it
-    steps: int
-    parts: dict[str, Any]  # what changes from step to step: networks, optimisers
-    columns: Sequence[str]  # the losses' names
-    settings: dict[str, Any]  # what a resumed training must have in common with its beginning …
-    inputs: dict[str, dict[str, int]]  # the same for files: fingerprints of what each flag names
-    record: dict[str, Any]  # what else the checkpoint holds
-    written: Callable[[int], Iterable[str] | None]  # writes samples after a checkpoint; returns warnings, shown once
-    plan: Collection[str] = ()  # … but for those that may change, with a warning
+    precision: torch.dtype
+    checkpoint: Path
+    steps: int  # in all, with those before it was resumed
+    parts: dict[str, Any]  # what changes from step to step: networks and optimisers
+    sample: Callable[[int], None]  # is called with the step after each checkpoint, to write samples
     local: dict[str, list[Any]] = field(default_factory=dict)  # parts that differ between processes
-    epoch: int = sys.maxsize  # steps after which a checkpoint is due in any case
+    epoch: int | None = None  # steps after which a checkpoint is due in any case
+    record: dict[str, Any] = field(default_factory=dict)  # what else the checkpoint holds
 
     def __post_init__(self) -> None:
         self.rank, self.world = processes()
-        self.step, self.history, self.warned = 0, [], set()  # type: int, list[list[float]], set[str]
-        self.settings |= {"processes": self.world}
+        self.step, self.stopping = 0, False
+        self.history: list[dict[str, float]] = []  # {"step": …, loss: …}
+        self.table = self.checkpoint.with_name(self.checkpoint.name.replace("checkpoint.pth", "losses.csv"))
         if self.args.batch_size % self.world:
             raise InputError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes")
-        if self.resume:
-            self._load(self.resume)
+        if self.args.resume and self.checkpoint.exists():
+            self._load()
         if self.world > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
             for part in self.parts.values():
                 if isinstance(part, torch.optim.Optimizer):
@@ -965,105 +996,108 @@ class Training:
             worker_init_fn=_start_worker,
             pin_memory=self.device.type == "cuda",
         )
-        if self.step == self.steps:  # it may have been killed between its last checkpoint and what is written then
+        if self.step == self.steps:  # it may have been killed between its last checkpoint and the samples of it
             self.save()
         if self.rank == 0:
-            print(f"training on {self.device} in {self.settings.get('precision')}", file=sys.stderr)
-        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0)
-        with catching_interrupts() as self.interrupts, bar as self.bar:
-            try:
+            print(f"training on {self.device} in {self.precision}", file=sys.stderr)
+        try:
+            with (
+                tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0) as self.bar,
+                self._stopped_by_interrupt(),
+            ):
                 for batch in loader:
                     yield [x.to(self.device, non_blocking=True) for x in batch]
-            except InputError as error:  # a worker's comes with a traceback in its text
-                raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from error
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise InputError("a process that loads pictures has died, of little memory: try --workers 0") from error
+        except InputError as error:  # a worker's comes with a traceback in its text
+            raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError("a process that loads pictures has died, of little memory: try --workers 0") from error
         if self.world > 1:
             dist.destroy_process_group()
 
     def log(self, losses: dict[str, Tensor | float]) -> None:
-        """End a step with `losses`, named as in `columns`: write down, save and stop where that is due."""
+        """End a step: write its losses down, save and stop where that is due."""
         self.step += 1
         self.bar.update()
-        stop = self._mean([float(bool(self.interrupts))], "cpu")[0] > 0
+        every = (self.args.checkpoint_every, self.epoch or self.steps, self.steps)
+        due = self.stopping or any(self.step % steps == 0 for steps in every)
+        finite = True
         if self.step == 1 or self.step % 10 == 0:  # not each time: it makes a GPU wait
-            values = self._mean([losses[name] for name in self.columns], self.device)
-            self.history.append([self.step, *values])
-            shown = zip(self.columns, values, strict=True)
-            self.bar.set_postfix_str(", ".join(f"{n} {v:.3g}" for n, v in shown if n not in ("epoch", "lr")))
-            self._stop_unless(all(map(math.isfinite, values)))
-        due = not self.step % self.args.checkpoint_every or not self.step % self.epoch or self.step == self.steps
-        if due or stop:
-            self._stop_unless(all(all_finite(p.state_dict()) for p in self.parts.values() if isinstance(p, nn.Module)))
+            means = self._mean(losses)
+            self.history.append({"step": self.step, **means})
+            self.bar.set_postfix_str(", ".join(f"{n} {v:.3g}" for n, v in means.items() if n not in NO_LOSSES))
+            finite = all(map(math.isfinite, means.values()))
+        if due and finite:
+            finite = all(all_finite(part.state_dict()) for part in self.parts.values() if isinstance(part, nn.Module))
+        if not finite:
+            advice = "try a smaller --lr"
+            if self.checkpoint.exists():
+                advice = f"{self.checkpoint} is the last good state: go on with --resume and a smaller --lr"
+            raise InputError(f"the loss is no longer finite in step {self.step}; {advice}")
+        if due:
             self.save()
-        if stop:
-            if self.rank == 0:
-                self.bar.write(f"interrupted: {self.checkpoint} is written, --resume continues", file=sys.stderr)
+        if self.stopping:
+            self.bar.write(f"interrupted: {self.checkpoint} is written, --resume continues", file=sys.stderr)
             raise SystemExit(130)
 
     def save(self) -> None:
-        """Write a checkpoint, then what shows how far the training is."""
+        """Write a checkpoint, the losses, and samples."""
         local = {name: self._gather([part.state_dict() for part in parts]) for name, parts in self.local.items()}
         if self.rank == 0:
             states = {name: part.state_dict() for name, part in self.parts.items()} | local
-            progress = {"step": self.step, "history": self.history, "settings": self.settings, "inputs": self.inputs}
+            progress = {"args": plain(self.args), "step": self.step, "history": self.history}
             save_checkpoint(self.record | progress | states, self.checkpoint)
-            save_losses(["step", *self.columns], self.history, losses_table(self.checkpoint))
-            for warning in set(self.written(self.step) or ()) - self.warned:
-                self.warned.add(warning)
-                tqdm.write(f"warning: {warning}", file=sys.stderr)
+            save_losses(list(self.history[0]), [list(row.values()) for row in self.history], self.table)
+            self.sample(self.step)
 
-    def _load(self, path: Path) -> None:
-        state = load_checkpoint(path)
+    def _load(self) -> None:
+        state = load_checkpoint(self.checkpoint)
         try:
-            for name, value in self.settings.items():
-                if (before := state["settings"].get(name, value)) != value:
-                    message = f"{path} was trained with --{name.replace('_', '-')} {before}, not {value}"
-                    if name not in self.plan:
-                        raise InputError(message)
-                    print(f"warning: {message} as from now", file=sys.stderr)
-            for flag, files in self.inputs.items():
-                before = state.get("inputs", {}).get(flag, files)
-                changed = [name for name in before | files if before.get(name) != files.get(name)]
-                if changed:
-                    what = f"{changed[0]} is new, gone or changed ({len(changed)} such files)"
-                    raise InputError(f"{path} was trained with another {flag}: {what}")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-                if isinstance(part, torch.optim.Optimizer):  # torch does not look at shapes
-                    for p, moments in part.state.items():
-                        if any(t.shape not in ((), p.shape) or not t.isfinite().all() for t in moments.values()):
-                            raise ValueError("the optimiser's state does not fit")
             for name, parts in self.local.items():
-                for part, saved in zip(parts, state[name][self.rank], strict=True):
-                    part.load_state_dict(saved)
-            self.step = int(state["step"] if "step" in state else state["iteration"])  # as it was called in johnson.py
-            self.history = [[float(value) for value in row[: len(self.columns) + 1]] for row in state["history"]]
-            if self.step < 1 or {len(row) for row in self.history} != {len(self.columns) + 1}:
-                raise ValueError("a malformed history")
-        except InputError:
-            raise
+                saved = state[name][self.rank % len(state[name])]  # there may have been fewer processes
+                for part, values in zip(parts, saved, strict=True):
+                    part.load_state_dict(values)
+            self.step, self.history = int(state["step"]), state["history"]
+            if "args" not in state:  # older checkpoints hold rows without names
+                with self.table.open() as file:
+                    self.history = list(csv.DictReader(file))
+            self.history = [{name: float(value) for name, value in row.items()} for row in self.history]
         except Exception as error:  # a foreign file can fail anywhere
-            raise InputError(f"{path} is no training to resume: name a checkpoint of this script's train") from error
+            raise InputError(f"{self.checkpoint} is no checkpoint of this script's train with these flags") from error
         if self.step > self.steps:
-            raise InputError(f"{path} has had {self.step} steps already, more than {self.steps}")
+            raise InputError(f"{self.checkpoint} has had {self.step} steps already, more than {self.steps}")
 
-    def _stop_unless(self, finite: bool) -> None:
-        if not finite:
-            kept = f"{self.checkpoint} is the last good state: " if self.checkpoint.exists() else ""
-            raise InputError(f"the loss is no longer finite in step {self.step}; {kept}try a smaller --lr")
+    @contextmanager
+    def _stopped_by_interrupt(self) -> Iterator[None]:
+        """Let Ctrl-C end the training after a step; a second one, or one under torchrun, ends it at once."""
 
-    def _mean(self, values: Sequence[Tensor | float], device: torch.device | str) -> list[float]:
-        """The mean of each value over all processes."""
-        mean = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+        def stop(number: int, frame: object) -> None:
+            self.stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nending after this step; again: at once\n")  # print could be in the middle of a line
+
+        if self.world > 1 or threading.current_thread() is not threading.main_thread():  # none arrives there
+            yield
+            return
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _mean(self, losses: dict[str, Tensor | float]) -> dict[str, float]:
+        """Average each loss over all processes."""
+        values = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in losses.values()]
+        mean = torch.stack(values)
         if self.world > 1:
             dist.all_reduce(mean)
-        return (mean / self.world).tolist()
+        return dict(zip(losses, (mean / self.world).tolist(), strict=True))
 
     def _gather(self, item: Any) -> list[Any]:
-        """The items of all processes, in order of their ranks."""
+        """Return the items of all processes, in order of their ranks."""
         items = [item] * self.world
         if self.world > 1:
             dist.all_gather_object(items, item)
