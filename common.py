@@ -25,7 +25,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
@@ -354,22 +353,27 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".p
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser that shows defaults in its help, and leaves the reporting of errors to `one_line_errors`."""
+    """Show defaults in the help, and leave the reporting of errors to `one_line_errors`."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=partial(argparse.HelpFormatter, max_help_position=40), **options)
-
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
-        default = options.get("default")
-        if default not in (None, "", argparse.SUPPRESS, ()) and default is not False:
-            text = " ".join(default) if isinstance(default, tuple | list) else default
-            options["help"] += f" (default: {text})"
-        if options.get("type") and names[-1].startswith("--"):
-            options.setdefault("metavar", "PATH" if options["type"] is Path else "N")
-        return super().add_argument(*names, **options)
+        super().__init__(formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=40)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default in (None, "", argparse.SUPPRESS) or default is False or default in ([], ()):
+            return action.help or ""
+        return f"{action.help} (default: {' '.join(default) if isinstance(default, list | tuple) else default})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "PATH" if action.type is Path else "N" if action.type else action.dest.upper()
 
 
 def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
@@ -909,7 +913,7 @@ def resumed_arguments(
     saved = state.get("args", state.get("settings"))  # as they were called, fewer, and with torch's names of types
     if not isinstance(saved, dict):
         raise InputError(f"{checkpoint_of(args)} is no checkpoint of this script's train")
-    saved = {name: value for name, value in saved.items() if name in vars(args) and name != "resume"}
+    saved = {name: value for name, value in saved.items() if name in vars(args) and name not in ("command", "resume")}
     saved["precision"] = str(saved["precision"]).removeprefix("torch.")
     command_parser(parser, argv)[0].set_defaults(**saved)
     args = parse(parser, argv)
