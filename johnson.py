@@ -54,9 +54,11 @@ class Convolution(nn.Module):
             self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride, margin if pad == "zeros" else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.upsample:
-            x = nnf.interpolate(x, scale_factor=2, mode="nearest")
-        return self.conv2d(reflect(x, self.margin))
+        with torch.autocast(x.device.type, enabled=False):  # on a CPU, it would copy x to float32 for these two
+            if self.upsample:
+                x = nnf.interpolate(x, scale_factor=2, mode="nearest")
+            x = reflect(x, self.margin)
+        return self.conv2d(x)
 
 
 def reflect(x: Tensor, margin: int) -> Tensor:
@@ -119,15 +121,15 @@ class TransformNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map pictures (B, 3, H, W) in [0, 1] to stylised ones of the same size and range."""
         height, width = x.shape[-2:]
-        x = reflect(255 * x if self.linear else x, self.margin)
-        y = torch.relu_(self.in1(self.conv1(x)))
-        y = torch.relu_(self.in2(self.conv2(y)))
-        y = torch.relu_(self.in3(self.conv3(y)))
+        y = reflect(255 * x if self.linear else x, self.margin)
+        for conv, norm in ((self.conv1, self.in1), (self.conv2, self.in2), (self.conv3, self.in3)):
+            y = conv(y)  # a statement of its own, so that the map before is freed: it is large
+            y = torch.relu_(norm(y))
         for residual in (self.res1, self.res2, self.res3, self.res4, self.res5):
             y = residual(y)
-        y = torch.relu_(self.in4(self.deconv1(y)))
-        y = self.deconv2(y)  # a statement of its own, so that in a large picture the map before it is freed here
-        y = torch.relu_(self.in5(y))
+        for conv, norm in ((self.deconv1, self.in4), (self.deconv2, self.in5)):
+            y = conv(y)
+            y = torch.relu_(norm(y))
         y = self.deconv3(y)[..., :height, :width].float()  # a side that is no multiple of 4 was rounded up
         if self.linear:
             return (y / 255).clamp(0, 1)
