@@ -1,29 +1,21 @@
 """Unpaired image-to-image translation: learn from two sets of pictures to turn one kind into the other, and back.
 
     J.-Y. Zhu, T. Park, P. Isola, A. A. Efros: "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
-    Networks", ICCV 2017.
+    Networks", ICCV 2017. Its appendix, §7, is numbered as in arXiv:1703.10593.
 
-Nobody has photos of the same horse as a zebra. So a generator G: X → Y is trained to make pictures that a discriminator
-D_Y cannot tell from those of Y, F: Y → X likewise, and what ties a result to its input is the way back: F(G(x)) ≈ x and
-G(F(y)) ≈ y.
+Nobody has photos of the same horse as a zebra. So a generator is trained to make pictures that a discriminator cannot
+tell from zebras. What ties a zebra to its horse is the way back, which a second generator learns.
 
     python cyclegan.py translate horse.jpg                        # by a model that comes with this
     python cyclegan.py train horse2zebra -o run/                  # downloads the paper's pictures; or name two folders
     python cyclegan.py translate photo.jpg --model run/checkpoint.pth
 
-Where this departs from the paper:
-
-- Pictures are resized by their shorter side, where the authors' code squashes them to a square.
-- The identity loss, which the paper has for photos from paintings alone (§5.2), is on by default, at the same weight:
-  `--lambda-identity 0` is what the paper has for horses and zebras, and a third faster.
-- Losses of distance are in units of the networks' range, -1 … 1, as there; outside the networks pictures are in [0, 1].
-- Generators, layer for layer, are those of the authors' PyTorch code, whose published models load as they are, and so
-  are the strides of the discriminators.
+    X, Y  the domains       G: X → Y, F: Y → X  generators       F(G(x)) ≈ x, G(F(y)) ≈ y  cycle consistency     Eq. 2
+    x, y  their pictures    D_X, D_Y  discriminators, near 1 for real pictures, near 0 for made ones             Eq. 1
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import shlex
@@ -32,6 +24,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from argparse import Namespace
 from collections.abc import Sequence
 from http.client import HTTPException
 from itertools import zip_longest
@@ -43,39 +36,14 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torchvision.datasets.utils import download_and_extract_archive
 
-from common import (
-    NETWORK_TIMEOUT,
-    ArgumentParser,
-    Crops,
-    InputError,
-    Training,
-    add_device_arguments,
-    add_training_arguments,
-    all_finite,
-    autocast,
-    claim_outputs,
-    find_images,
-    fingerprints,
-    hold_out,
-    load_checkpoint,
-    network_timeout,
-    number,
-    one_line_errors,
-    pick_device,
-    pick_precision,
-    processes,
-    provenance,
-    save_checkpoint,
-    save_sheet,
-    say,
-    transform_files,
-)
+import common
+from common import InputError, autocast
 
 # --- Networks ----------------------------------------------------------------------------------------------
 
 
 class Reflect(nn.Module):
-    """Reflection padding. Under autocast, torch's own would copy its input to float32."""
+    """Pad by reflection, outside autocast, which on a CPU would copy the input to float32."""
 
     def __init__(self, margin: int) -> None:
         super().__init__()
@@ -87,7 +55,7 @@ class Reflect(nn.Module):
 
 
 class Residual(nn.Module):
-    """R256: a skip connection around two 3×3 convolutions (He et al. 2016)."""
+    """R256: add two 3×3 convolutions to their input (He et al. 2016)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -103,6 +71,8 @@ class Residual(nn.Module):
 class Generator(nn.Module):
     """G or F: c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3 (§7.2), with instance norm.
 
+    Layers have the positions that they have in the authors' PyTorch code, whose models load as they are.
+
     Args:
         blocks: residual blocks, 9, or 6 for pictures of 128 px.
         width: channels of the first layer.
@@ -110,14 +80,12 @@ class Generator(nn.Module):
 
     def __init__(self, blocks: int = 9, width: int = 64) -> None:
         super().__init__()
-        self.published = False  # by the authors of the paper
-        self.image_size: int | None = None  # longer side in px at which things are as large as in training, if known
 
         def norm_relu(channels: int) -> list[nn.Module]:
             return [nn.InstanceNorm2d(channels), nn.ReLU(inplace=True)]
 
         w = width
-        self.model = nn.Sequential(  # positions in it are those of the authors' code
+        self.model = nn.Sequential(
             *[Reflect(3), nn.Conv2d(3, w, 7), *norm_relu(w)],  # c7s1-64
             *[nn.Conv2d(w, 2 * w, 3, 2, 1), *norm_relu(2 * w)],  # d128
             *[nn.Conv2d(2 * w, 4 * w, 3, 2, 1), *norm_relu(4 * w)],  # d256
@@ -134,10 +102,10 @@ class Generator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """D_X or D_Y: C64-C128-C256-C512, then one channel (§7.2): a verdict on every patch of 70×70 px.
+    """D_X or D_Y: C64-C128-C256-C512, then one channel (§7.2): judge every patch of 70×70 px.
 
-    C512 and the last convolution have stride 1, as in the authors' code. With the stride 2 of §7.2 for every Ck, a
-    verdict would see 94×94 px, where the paper says 70×70.
+    §7.2 has stride 2 for every Ck, so that a verdict would see 94×94 px, where the paper says 70×70. Here, as in the
+    authors' code, C512 and the last convolution have stride 1.
     """
 
     def __init__(self, width: int = 64) -> None:
@@ -163,7 +131,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def initialize(module: nn.Module) -> None:
-    """Weights from N(0, 0.02) (§7.1), biases 0."""
+    """Draw a convolution's weights from N(0, 0.02) (§7.1), and set its biases to 0."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         nn.init.zeros_(module.bias)
@@ -173,62 +141,37 @@ def initialize(module: nn.Module) -> None:
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of |a − b| in the networks' range -1 … 1, which is twice that of pictures in [0, 1]."""
+    """Average |a − b| in the networks' range -1 … 1, as the paper does: twice that of pictures in [0, 1]."""
     return 2 * (a - b).abs().mean()
 
 
-def generator_losses(
-    G: nn.Module,
-    F: nn.Module,
-    D_X: nn.Module,
-    D_Y: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    lambda_cycle: float = 10.0,
-    lambda_identity: float = 0.5,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """What G and F minimise on x and y (B, 3, H, W): (`total` and its terms before weighting, G(x), F(y))."""
-    G_x, F_y = G(x), F(y)
-    # §3.1, Eq. 1, in the least-squares form of §4:  L_GAN(G, D_Y) = E_x (D_Y(G(x)) − 1)²   and the same for F, D_X
-    gan_G, gan_F = (D_Y(G_x) - 1).square().mean(), (D_X(F_y) - 1).square().mean()
-    # §3.2, Eq. 2:  L_cyc = E_x ‖F(G(x)) − x‖₁ + E_y ‖G(F(y)) − y‖₁   (means over the pixels)
-    cycle = distance(F(G_x), x) + distance(G(F_y), y)
-    # §3.3, Eq. 3:  L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc
-    total = gan_G + gan_F + lambda_cycle * cycle
-    identity = torch.zeros_like(total)
-    if lambda_identity:
-        # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁,   weighted by 0.5 λ
-        identity = distance(G(y), y) + distance(F(x), x)
-        total = total + lambda_identity * lambda_cycle * identity
-    return {"total": total, "G": gan_G, "F": gan_F, "cycle": cycle, "identity": identity}, G_x, F_y
-
-
-def discriminator_loss(D: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """What D_X or D_Y minimises on real pictures and fake ones, (B, 3, H, W) each."""
+def discriminator_loss(D: nn.Module, real: Tensor, made: Tensor) -> Tensor:
+    """Compute what D_X or D_Y minimises on real pictures and made ones, (B, 3, H, W) each."""
     # §4:  D_Y minimises ½ [E_y (D_Y(y) − 1)² + E_x D_Y(G(x))²]   (the half: its learning is slowed down, §7.1)
-    return ((D(real) - 1).square().mean() + D(fake).square().mean()) / 2
-
-
-# --- Training ----------------------------------------------------------------------------------------------
+    return ((D(real) - 1).square().mean() + D(made).square().mean()) / 2
 
 
 class ImagePool:
-    """Pictures that a generator has made (§4): D is shown the newest one, or half the time an older one of the pool."""
+    """Keep pictures that a generator has made, to show its discriminator older ones, too (§4)."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size, self.images = size, []  # type: int, list[Tensor]
+        self.size = size
+        self.images: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(seed)
 
-    def query(self, fakes: Tensor) -> Tensor:
-        """Take in pictures (B, 3, H, W) and give back as many: until the pool is full, the same ones."""
+    def query(self, made: Tensor) -> Tensor:
+        """Take in pictures (B, 3, H, W); return as many, to be shown to the discriminator."""
         shown = []
-        for image in fakes.detach().unbind():
-            if len(self.images) < self.size:
+        for image in made.detach().unbind():
+            if len(self.images) < self.size:  # not yet full: keep the picture, and show it
                 self.images.append(image)
-            elif self.size and torch.rand((), generator=self.generator) < 0.5:
+                shown.append(image)
+            elif self.size and torch.rand((), generator=self.generator) < 0.5:  # show an older one, keep this instead
                 k = int(torch.randint(self.size, (), generator=self.generator))
-                self.images[k], image = image, self.images[k]
-            shown.append(image.to(fakes))
+                shown.append(self.images[k].to(made))
+                self.images[k] = image
+            else:  # show the picture, without keeping it
+                shown.append(image)
         return torch.stack(shown)
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,49 +182,42 @@ class ImagePool:
         self.generator.set_state(state["generator"])
 
 
+# --- Training ----------------------------------------------------------------------------------------------
+
+
 class CycleGAN:
     """G: X → Y, F: Y → X, D_X and D_Y, with the optimisers and image pools: all that a step changes.
 
-    Args:
-        blocks, width: of `Generator` and `PatchDiscriminator`.
-        lr, beta1: of Adam.
-        pool_size: of `ImagePool`; its choices depend on `seed`.
-        precision: torch.bfloat16 runs the networks in it, by autocast.
+    `args` has blocks, width, lr, beta1, pool_size, lambda_cycle, lambda_identity and seed. With `precision`
+    torch.bfloat16, the networks compute in it.
     """
 
     def __init__(
-        self,
-        blocks: int = 9,
-        width: int = 64,
-        lr: float = 2e-4,
-        beta1: float = 0.5,
-        pool_size: int = 50,
-        lambda_cycle: float = 10.0,
-        lambda_identity: float = 0.5,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        precision: torch.dtype = torch.float32,
+        self, args: Namespace, device: str | torch.device = "cpu", precision: torch.dtype = torch.float32
     ) -> None:
-        self.G, self.F = (Generator(blocks, width).to(device) for _ in range(2))
-        self.D_X, self.D_Y = (PatchDiscriminator(width).to(device) for _ in range(2))
-        self.generators, self.discriminators = nn.ModuleList([self.G, self.F]), nn.ModuleList([self.D_X, self.D_Y])
-        self.optimizer_G = torch.optim.Adam(self.generators.parameters(), lr, (beta1, 0.999))
-        self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), lr, (beta1, 0.999))
-        self.pool_X, self.pool_Y = ImagePool(pool_size, seed), ImagePool(pool_size, seed + 1)
-        self.lambda_cycle, self.lambda_identity, self.precision = lambda_cycle, lambda_identity, precision
+        self.args, self.precision = args, precision
+        self.G = Generator(args.blocks, args.width).to(device)
+        self.F = Generator(args.blocks, args.width).to(device)
+        self.D_X = PatchDiscriminator(args.width).to(device)
+        self.D_Y = PatchDiscriminator(args.width).to(device)
+        self.discriminators = nn.ModuleList([self.D_X, self.D_Y])
+        betas = args.beta1, 0.999
+        self.optimizer_G = torch.optim.Adam(nn.ModuleList([self.G, self.F]).parameters(), args.lr, betas)
+        self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), args.lr, betas)
+        seed = 1000 * args.seed + 2 * common.processes()[0]  # another one for each pool, in each process
+        self.pool_X, self.pool_Y = ImagePool(args.pool_size, seed), ImagePool(args.pool_size, seed + 1)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Change the networks a little on x and y (B, 3, H, W) in [0, 1]; return the losses before."""
         # §3.3, Eq. 4:  G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y),   in turns: first G and F …
         self.discriminators.requires_grad_(False)
         with autocast(x.device, self.precision):
-            networks = self.G, self.F, self.D_X, self.D_Y
-            losses, G_x, F_y = generator_losses(*networks, x, y, self.lambda_cycle, self.lambda_identity)
+            losses, G_x, F_y = self.generator_losses(x, y)
         self.optimizer_G.zero_grad()
         losses["total"].backward()
         self.optimizer_G.step()
 
-        # … then D_X and D_Y, on their reals and what the pools give back for F(y) and G(x).
+        # … then D_X and D_Y, on real pictures and on what the pools return for F(y) and G(x).
         self.discriminators.requires_grad_(True)
         with autocast(x.device, self.precision):
             losses["D_X"] = discriminator_loss(self.D_X, x, self.pool_X.query(F_y))
@@ -291,71 +227,80 @@ class CycleGAN:
         self.optimizer_D.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def generator_losses(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return what G and F minimise, `total`, with its terms before weighting; and G(x) and F(y)."""
+        G, F, D_X, D_Y = self.G, self.F, self.D_X, self.D_Y
+        lambda_cycle, lambda_identity = self.args.lambda_cycle, self.args.lambda_identity
+        G_x, F_y = G(x), F(y)
+        # §3.1, Eq. 1, in the least-squares form of §4:  L_GAN(G, D_Y) = E_x (D_Y(G(x)) − 1)²   and the same for F, D_X
+        gan_G, gan_F = (D_Y(G_x) - 1).square().mean(), (D_X(F_y) - 1).square().mean()
+        # §3.2, Eq. 2:  L_cyc = E_x ‖F(G(x)) − x‖₁ + E_y ‖G(F(y)) − y‖₁   (means over the pixels)
+        cycle = distance(F(G_x), x) + distance(G(F_y), y)
+        # §3.3, Eq. 3:  L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc
+        total = gan_G + gan_F + lambda_cycle * cycle
+        identity = torch.zeros_like(total)
+        if lambda_identity:
+            # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁,   weighted by 0.5 λ
+            # The paper has it for paintings → photos (§5.2) and for flowers (§7.1) only. Here it is on by default.
+            identity = distance(G(y), y) + distance(F(x), x)
+            total = total + lambda_identity * lambda_cycle * identity
+        return {"total": total, "G": gan_G, "F": gan_F, "cycle": cycle, "identity": identity}, G_x, F_y
+
     def set_lr(self, lr: float) -> None:
+        """Let both optimisers go on with another learning rate."""
         for group in self.optimizer_G.param_groups + self.optimizer_D.param_groups:
             group["lr"] = lr
 
 
 def lr_factor(epoch: int, epochs: int, decay_epochs: int) -> float:
-    """1 for the first `epochs` epochs, counted from 0; then linearly down, to reach 0 after `decay_epochs` (§7.1)."""
+    """Return 1 in the first `epochs` epochs, counted from 0; then less, to reach 0 after `decay_epochs` (§7.1)."""
     return 1.0 - max(0, epoch - epochs) / max(1, decay_epochs)
 
 
-def train(args: argparse.Namespace, command: Sequence[str]) -> None:
+def train(args: Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
-    checkpoint = args.output / "checkpoint.pth"
-    inputs = [Path(folder, path) for path in args.data for folder in ("", "data")]  # where a set is downloaded to
-    resume = claim_outputs(checkpoint, [args.export] if args.export else [], inputs, args.resume)
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
+    checkpoint = checkpoint_of(args)
+    inputs = [Path(path) for path in args.data] + [Path("data", path) for path in args.data]  # data/: downloaded sets
+    common.claim_outputs([checkpoint, *([args.export] if args.export else [])], inputs, args.resume)
+    device = common.pick_device(args.device)
+    precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
-    epoch_steps = math.ceil(max(len(X), len(Y)) / args.batch_size)
+    epoch_steps = math.ceil(max(len(X), len(Y)) / args.batch_size)  # the larger domain once
     steps = min(epoch_steps * (args.epochs + args.decay_epochs), args.max_steps or sys.maxsize)
 
     torch.manual_seed(args.seed)
-    gan = CycleGAN(
-        args.blocks, args.width, args.lr, args.beta1, args.pool_size, args.lambda_cycle, args.lambda_identity,
-        1000 * args.seed + 2 * processes()[0], device, precision,
-    )  # fmt: skip
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"precision": str(precision)}
-    record = {"settings": settings, "command": shlex.join(command)}
-    run = Training(
-        args, device, checkpoint, resume, steps,
-        parts={name: getattr(gan, name) for name in ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D")},
-        local={"pools": [gan.pool_X, gan.pool_Y]},
-        columns=["epoch", "lr", "total", "G", "F", "cycle", "identity", "D_X", "D_Y"],
-        settings=settings,
-        plan=["epochs", "decay_epochs", "load_size"],  # so that a training can be prolonged, and go on to closer views
-        inputs={"X": fingerprints(X[0].parent, X), "Y": fingerprints(Y[0].parent, Y)},
-        record=record,
-        written=lambda step: save_samples(
-            gan, x_test, y_test, -(-step // epoch_steps), args, record | {"step": step}, run.history
-        ),
-        epoch=epoch_steps,
-    )  # fmt: skip
-    for x, y in run.batches(Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
+    gan = CycleGAN(args, device, precision)
+    parts = {name: getattr(gan, name) for name in ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D")}
+    pools = {"pools": [gan.pool_X, gan.pool_Y]}
+    record = {"command": shlex.join(command)}
+
+    def sample(step: int) -> None:
+        save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), record | {"step": step})
+        for warning in diagnose(gan, x_test, y_test, run.history):
+            print("warning:", warning, file=sys.stderr)
+
+    run = common.Training(args, device, precision, checkpoint, steps, parts, sample, pools, epoch_steps, record)
+    # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
+    for x, y in run.batches(common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
         epoch = run.step // epoch_steps
         lr = args.lr * lr_factor(epoch, args.epochs, args.decay_epochs)
         gan.set_lr(lr)
         run.log({"epoch": epoch + 1, "lr": lr} | gan.step(x, y))
-    say(checkpoint)
+    print(checkpoint)
 
 
 # --- Translating -------------------------------------------------------------------------------------------
 
 
-def translate(network: Generator, image: Tensor, precision: str = "auto") -> Tensor:
-    """Translate (B, 3, H, W) in [0, 1] of any size from 5 px a side: padded by reflection, then cropped again.
-
-    A published model gives the pixels that its authors' code gives: for it, `auto` is float32.
-    """
-    height, width = image.shape[-2:]
+def translate(network: Generator, x: Tensor, precision: str = "auto", exact: bool = False) -> Tensor:
+    """Translate (B, 3, H, W) in [0, 1] of any size from 5 px a side. If it is to be `exact`, `auto` is float32."""
+    height, width = x.shape[-2:]
     if min(height, width) < 5:
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
     # Multiples of 4; and 8 at least, as the residual blocks need 2 px at a quarter of the size.
-    right, below = (max(8, -(-side // 4) * 4) - side for side in (width, height))
-    padded = nnf.pad(image, (0, right, 0, below), mode="reflect")
-    with torch.inference_mode(), autocast(image.device, pick_precision(precision, image.device, network.published)):
+    right, below = (max(8, math.ceil(side / 4) * 4) - side for side in (width, height))
+    padded = nnf.pad(x, (0, right, 0, below), mode="reflect")
+    with torch.inference_mode(), autocast(x.device, common.pick_precision(precision, x.device, exact)):
         y = network(padded)
     return y[..., :height, :width].clone()  # a tensor like any other, which inference mode does not give
 
@@ -371,16 +316,11 @@ DATASETS += ("vangogh2photo", "maps", "facades", "iphone2dslr_flower", "ae_photo
 
 MODEL = Path(__file__).parent / "models" / "horse2zebra.pth"  # trained as the README says
 
-# What a resumed training has to have in common with the one that it continues.
-SETTINGS = ["lambda_cycle", "lambda_identity", "pool_size", "lr", "beta1", "batch_size", "epochs", "decay_epochs"]
-SETTINGS += ["load_size", "crop_size", "blocks", "width", "seed"]
-
 
 def download(name: str, folder: Path = Path("data")) -> Path:
-    """Fetch and unpack the authors' archive `name` unless it is there; return folder/name, whole, with trainA, trainB.
+    """Fetch and unpack the authors' archive `name`, unless it is there; return folder/name with trainA and trainB.
 
-    Raises:
-        InputError: the server cannot be reached, or the archive is cut short or damaged.
+    InputError if the server cannot be reached, or the archive is cut short or damaged.
     """
     target, url = folder / name, f"{SERVER}/{name}.zip"
     while int(os.environ.get("LOCAL_RANK", 0)) and not target.is_dir():
@@ -391,7 +331,7 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
         try:
             print(f"downloading {url}", file=sys.stderr)
-            with network_timeout(4 * NETWORK_TIMEOUT):
+            with common.network_timeout(4 * common.NETWORK_TIMEOUT):
                 download_and_extract_archive(url, temporary)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             reason = f"{url} came cut short or damaged ({error}): try again"
@@ -406,48 +346,49 @@ def download(name: str, folder: Path = Path("data")) -> Path:
 
 
 def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") -> list[tuple[list[Path], Tensor]]:
-    """For X and for Y: the files to train on, and up to four test pictures (B, 3, size, size) on `device`.
+    """For X and for Y, find the files to train on, and up to four test pictures (B, 3, size, size) on `device`.
 
     `data` are two folders; or one with trainA and trainB; or the name of one of the authors' sets. Test pictures are
     from testA and testB, or held out.
     """
+    if len(data) > 2:
+        raise InputError(f"{len(data)} folders given: name two, or one set")
+    folders, tests = [Path(part) for part in data], []
     if len(data) == 1:
-        root = Path(data[0])
+        (root,) = folders
         if not root.is_dir():
             if data[0] not in DATASETS:
                 raise InputError(f"no such folder: {root}; name two folders, or a set: {', '.join(DATASETS)}")
             root = download(data[0])
         folders, tests = [root / "trainA", root / "trainB"], [root / "testA", root / "testB"]
-    elif len(data) == 2:
-        folders, tests = [Path(part) for part in data], []
-    else:
-        raise InputError(f"{len(data)} folders given: name two, or one set")
     result = []
     for folder, test in zip_longest(folders, tests):
-        files = find_images(folder)
+        files = common.find_images(folder)
         if test and test.is_dir():
-            result.append((files, hold_out(find_images(test), size)[0].to(device)))
+            samples, _ = common.hold_out(common.find_images(test), size)
         else:
-            samples, files = hold_out(files, size)
-            result.append((files, samples.to(device)))
+            samples, files = common.hold_out(files, size)
+        result.append((files, samples.to(device)))
     return result
 
 
-def save_samples(
-    gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, args: argparse.Namespace, record: dict, history: list[list[float]]
-) -> list[str]:
-    """Write the epoch's sheet of the test pictures x and y, and what is to be exported; return warnings."""
-    sheet = args.output / f"epoch_{epoch:03d}.jpg"
-    save_sheet(sample_columns(gan, x, y), args.output / "losses.png", sheet, {"command": record["command"]})
-    if args.export:
+def checkpoint_of(args: Namespace) -> Path:
+    """Name the checkpoint of a training."""
+    return args.output / "checkpoint.pth"
+
+
+def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict) -> None:
+    """Write the epoch's sheet of the test pictures x and y, and what is to be exported."""
+    sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
+    common.save_sheet(sample_columns(gan, x, y), sheet, {"command": record["command"]})
+    if gan.args.export:
         G, F = ({name: value.half() for name, value in net.state_dict().items()} for net in (gan.G, gan.F))
-        save_checkpoint(record | {"G": G, "F": F}, args.export)
-    return diagnose(gan, x, y, history)
+        common.save_checkpoint(record | {"args": common.plain(gan.args), "G": G, "F": F}, gan.args.export)
 
 
 @torch.no_grad()
 def sample_columns(gan: CycleGAN, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """What the generators make of test pictures x and y, under the names of the paper."""
+    """Show what the generators make of test pictures x and y, under the names of the paper."""
     G, F = gan.G, gan.F
     with autocast(x.device, gan.precision):
         G_x, F_y = G(x), F(y)
@@ -456,8 +397,8 @@ def sample_columns(gan: CycleGAN, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def diagnose(gan: CycleGAN, x: Tensor, y: Tensor, history: Sequence[Sequence[float]]) -> list[str]:
-    """Warnings, from what the generators make of test pictures and from the last 20 rows of D_X's and D_Y's losses."""
+def diagnose(gan: CycleGAN, x: Tensor, y: Tensor, history: Sequence[dict[str, float]]) -> list[str]:
+    """Find what went wrong, from what the generators make of test pictures and the last 20 losses of D_X and D_Y."""
     found = []
     for name, net, image in (("G", gan.G, x), ("F", gan.F, y)):
         made = net(image)
@@ -466,66 +407,66 @@ def diagnose(gan: CycleGAN, x: Tensor, y: Tensor, history: Sequence[Sequence[flo
             found.append(f"{name} has become the identity: lower --lambda-identity, or --lambda-cycle")
         elif torch.corrcoef(torch.stack([light, dark]))[0, 1] < -0.3:
             found.append(f"{name} turns light into dark: start again with another --seed, or raise --lambda-identity")
-    for name, column in (("D_X", -2), ("D_Y", -1)):
-        last = [row[column] for row in history[-20:]]
+    for name in ("D_X", "D_Y"):
+        last = [losses[name] for losses in history[-20:]]
         if len(last) == 20 and sum(last) / 20 < 0.01:
             found.append(f"{name} tells all pictures apart, and teaches nothing any more: add pictures or lower --lr")
     return found
 
 
-def load_generator(path: Path, direction: str = "x2y") -> Generator:
-    """Read G (x2y) or F (y2x) from what `train` has written, or the one generator of a file of the authors' code."""
-    state = load_checkpoint(path)
-    published = "G" not in state  # a plain state dict
+def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Namespace]:
+    """Read G (x2y) or F (y2x) from what `train` has written, or the one generator of a file of the authors' code.
+
+    Returns it with two facts: whether the file is the `authors`', and the `load_size` of its training, if known.
+    """
+    state = common.load_checkpoint(path)
+    authors = "G" not in state  # a plain state dict
+    if authors and direction == "y2x" and "model.1.weight" in state:
+        raise InputError(f"{path} holds one generator: leave out --direction")
     try:
-        weights = state if published else state["G" if direction == "x2y" else "F"]
+        weights = state if authors else state["G" if direction == "x2y" else "F"]
         weights = {name: value for name, value in weights.items() if "running_" not in name}  # of older files, unused
         blocks = sum(name.endswith("conv_block.1.weight") for name in weights)
         network = Generator(blocks, width=len(weights["model.1.weight"]))
         network.load_state_dict({name: value.float() for name, value in weights.items()})
-        network.published = published
-        if not published and (load_size := state.get("settings", {}).get("load_size")):  # a shorter side
-            network.image_size = round(load_size * 4 / 3)
-        if not all_finite(network.state_dict()):
-            raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
+        load_size = state.get("args", state.get("settings", {})).get("load_size")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise InputError(f"{path} is no model of cyclegan.py, nor a generator of its authors' code") from error
-    if published and direction == "y2x":
-        raise InputError(f"{path} holds one generator: leave out --direction")
-    return network.eval()
+    if not common.all_finite(network.state_dict()):
+        raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
+    return network.eval(), Namespace(authors=authors, load_size=load_size)
 
 
-def translate_files(args: argparse.Namespace, command: Sequence[str]) -> None:
+def translate_files(args: Namespace, command: Sequence[str]) -> None:
     """Translate files and folders as the command line says; exit with status 1 if some could not be read."""
-    device, model = pick_device(args.device), args.model or MODEL
-    network = load_generator(model, args.direction).to(device)
-    precision = pick_precision(args.precision, device, exact=network.published)
-    size = args.image_size or network.image_size  # of a horse four times as large it would make no zebra
-    print(f"computing on {device} in {precision}" + (f", at {size} px" if size else ""), file=sys.stderr)
+    device, model = common.pick_device(args.device), args.model or MODEL
+    network, facts = load_generator(model, args.direction)
+    network.to(device)
+    precision = common.pick_precision(args.precision, device, exact=facts.authors)
+    shorter = None if args.image_size else facts.load_size  # of a horse four times as large it would make no zebra
+    size = f", at a shorter side of {shorter} px" if shorter else ""
+    print(f"computing on {device} in {precision}{size}", file=sys.stderr)
 
     def transform(image: Tensor) -> Tensor:
-        return translate(network, image.to(device), args.precision)
+        return translate(network, image.to(device), args.precision, facts.authors)
 
-    metadata = provenance(command, model=model.name)
-    transform_files(args.inputs, args.output, args.direction, transform, size, metadata)
+    metadata = common.provenance(command, model=model.name)
+    common.transform_files(args.inputs, args.output, args.direction, transform, args.image_size, metadata, shorter)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line; InputError on a mistake."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    argv, number = sys.argv[1:] if argv is None else argv, common.number
+    parser = common.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     usage = "%(prog)s DIR [DIR] -o FOLDER [flags]"
     sub = commands.add_parser("train", help="learn from two sets of pictures", usage=usage)
     sub.set_defaults(run=train)
     add = sub.add_argument
-    add(
-        "data",
-        nargs="+",
-        metavar="DIR",
-        help="two folders, X and Y, searched with all folders in them; or one with trainA and trainB; or the name of "
-        f"one of the authors' sets, which is downloaded into data/: {', '.join(DATASETS)}",
-    )
+    data = "two folders, X and Y, searched with all folders in them; or one with trainA and trainB; or the name of one "
+    data += f"of the authors' sets, which is downloaded into data/: {', '.join(DATASETS)}"
+    add("data", nargs="+", metavar="DIR", help=data)
     add("-o", "--output", type=Path, default=Path("run"), help="folder for the checkpoint, samples and losses")
     add("--lambda-cycle", type=number(), default=10.0, help="λ of Eq. 3")
     add("--lambda-identity", type=number(), default=0.5, help="weight of the identity loss, relative to λ")
@@ -536,18 +477,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=number(int), default=100, help="with that learning rate; the larger domain once is an epoch")
     add("--decay-epochs", type=number(int), default=100, help="after them, in which it falls linearly to 0")
     add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
-    add(
-        "--load-size",
-        type=number(int, 32, 65536),
-        help="shorter side of a picture, in px (default: 286/256 of --crop-size)",
-    )
+    load_size = "shorter side of a picture, in px (default: 286/256 of --crop-size)"
+    add("--load-size", type=number(int, 32, 65536), help=load_size)
     add("--crop-size", type=number(int, 32, 65536), default=256, help="side of the training crops, in px")
     add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 for crops up to 128 px)")
     add("--width", type=number(int, 1, 4096), default=64, help="channels of the networks' first layer")
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
-
-    add_training_arguments(sub)
-    add_device_arguments(sub)
+    common.add_training_arguments(sub)
+    common.add_device_arguments(sub)
 
     sub = commands.add_parser("translate", help="translate pictures", usage="%(prog)s input [input ...] [flags]")
     sub.set_defaults(run=translate_files)
@@ -556,20 +493,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
     add("--direction", choices=["x2y", "y2x"], default="x2y", help="G, horse to zebra; or F, zebra to horse")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
-    add(
-        "--image-size",
-        type=number(int, 1, 65536),
-        help="longer side of the result, in px (default: 4/3 of the training pictures', or the input's own)",
-    )
-
-    add_device_arguments(sub)
-    args = parser.parse_args(argv)
+    size = "longer side of the result, in px (default: the shorter side as in training, or the input's own size)"
+    add("--image-size", type=number(int, 1, 65536), help=size)
+    common.add_device_arguments(sub)
+    args = common.resumed_arguments(parser, argv, checkpoint_of)
     if args.command == "train":
-        check_sizes(args)
+        complete_sizes(args)
     return args
 
 
-def check_sizes(args: argparse.Namespace) -> None:
+def complete_sizes(args: Namespace) -> None:
     """Set the sizes that follow from --crop-size; InputError if the numbers do not fit each other."""
     args.load_size = args.load_size or round(args.crop_size * 286 / 256)
     args.blocks = args.blocks or (6 if args.crop_size <= 128 else 9)
@@ -586,7 +519,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 on a failure that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    with one_line_errors():
+    with common.one_line_errors():
         args = parse_args(argv)
         args.run(args, ["python", "cyclegan.py", *argv])
 
