@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NoReturn
 
 import PIL
@@ -218,47 +219,25 @@ def keep_color(image: Tensor, photo: Tensor) -> Tensor:
 
 # --- Image files -------------------------------------------------------------------------------------------
 
-socket.setdefaulttimeout(10)  # seconds without an answer, after which a download is given up
-Image.MAX_IMAGE_PIXELS = None  # Pillow takes large scans for attacks
-with suppress(ImportError):  # the package pillow-heif reads the photos of iPhones
+JPEG = {"quality": 95, "subsampling": 0}
+FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
+    ".png": {}, ".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}, ".tif": {}, ".tiff": {},
+}  # fmt: skip
+ANIMATIONS = (".gif", ".webp")
+KEPT = (".png", ".jpg", ".jpeg", ".webp")  # formats that results in a folder keep
+NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
+HEIC = "pip install pillow-heif reads .heic"
+
+Image.MAX_IMAGE_PIXELS = None  # else Pillow takes large scans for attacks
+with suppress(ImportError):
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
-FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
-    ".png": {},
-    ".jpg": {"quality": 95, "subsampling": 0},
-    ".jpeg": {"quality": 95, "subsampling": 0},
-    ".webp": {"quality": 95},
-    ".tif": {},
-    ".tiff": {},
-}
-LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # px a side that a file can hold
-ANIMATIONS = (".gif", ".webp")
-KEPT = (".png", ".jpg", ".jpeg", ".webp")  # formats that results in a folder keep
-NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
 
-
-def load_image(
-    path: str | Path,
-    size: int | None = None,
-    center_crop: bool = False,
-    shorter: int | None = None,
-    background: str = "white",
-) -> Tensor:
-    """Read an image file of any kind as (1, 3, H, W) sRGB in [0, 1]; of an animation, the first frame.
-
-    EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over `background`.
-
-    Args:
-        size: the longer side in px; None keeps the file's own size.
-        center_crop: keep only the central square.
-        shorter: the shorter side in px, in place of `size`.
-
-    Raises:
-        InputError: the file is missing, no image, or damaged.
-    """
-    return next(load_frames(path, size, center_crop, shorter, background))[0]
+def load_image(path: str | Path, *options: Any, **named: Any) -> Tensor:
+    """Read an image file as (1, 3, H, W), with the options of `load_frames`; of an animation, the first frame."""
+    return next(load_frames(path, *options, **named))[0]
 
 
 def load_frames(
@@ -268,7 +247,12 @@ def load_frames(
     shorter: int | None = None,
     background: str = "white",
 ) -> Iterator[tuple[Tensor, float]]:
-    """Read the frames of an image file as `load_image` does, each with its time in ms; most files have one frame."""
+    """Read the frames of an image file of any kind, each (1, 3, H, W) sRGB in [0, 1] with its time in ms.
+
+    Most files have one frame. EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over
+    `background`. `size` is the longer side in px, `shorter` the shorter one; without them the file's own size is kept.
+    `center_crop` keeps only the central square. InputError if the file is missing, no image, or damaged.
+    """
     try:
         with Image.open(path) as file:
             if least := size or shorter:
@@ -292,7 +276,7 @@ def load_frames(
         raise InputError(f"no such file: {path}") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = str(error) if type(error) is ValueError else type(error).__name__
-        advice = HEIC_ADVICE if Path(path).suffix.lower() in HEIC else "is it one, and whole?"
+        advice = HEIC if Path(path).suffix.lower() == ".heic" else "is it one, and whole?"
         raise InputError(f"cannot read {path} as an image ({reason}): {advice}") from error
 
 
@@ -306,41 +290,11 @@ def _to_srgb(image: Image.Image, background: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
-    if profile:
-        try:
+    with suppress(ImageCms.PyCMSError, OSError):  # a broken profile, or one for other channels: take the numbers
+        if profile:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile, or one for other channels: take the numbers as they are
     return image.convert("RGB")
-
-
-def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write (1, 3, H, W) or (3, H, W), clamped to [0, 1], whole or not at all; the suffix names the format.
-
-    `metadata` is stored in the file: as PNG text, or as EXIF image description.
-    """
-    path, metadata = Path(path), metadata or {}
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
-    check_size(image, path)
-    text, exif = PngInfo(), Image.Exif()
-    for key, value in metadata.items():
-        text.add_text(key, value)
-    description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
-    exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
-    stored = {"pnginfo": text} if suffix == ".png" else {"exif": exif}
-    data = io.BytesIO()  # into memory first: Pillow does not notice a full disk
-    to_pil(image).save(data, Image.registered_extensions()[suffix], **FORMATS[suffix], **stored)
-    write_file(data.getvalue(), path)
-
-
-def check_size(image: Tensor, path: Path) -> None:
-    """Raise InputError if a file like `path` cannot hold an image of this size."""
-    most = LARGEST.get(path.suffix.lower(), math.inf)
-    if max(image.shape[-2:]) > most:
-        raise InputError(f"cannot write {path}: such a file holds up to {most} px a side: choose .png")
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -349,26 +303,40 @@ def to_pil(image: Tensor) -> Image.Image:
     return to_pil_image(pixels.byte().cpu())
 
 
-def is_animation(path: Path) -> bool:
-    """Tell whether a file is a GIF or WebP of several frames."""
-    with suppress(Exception):
-        if path.suffix.lower() in ANIMATIONS:
-            with Image.open(path) as file:
-                return file.n_frames > 1
-    return False
+def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write (1, 3, H, W) or (3, H, W), clamped to [0, 1], as the suffix says; `metadata` is stored in the file."""
+    path, metadata = Path(path), metadata or {}
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot write {path}: its suffix must be one of {', '.join(FORMATS)}")
+    text, exif = PngInfo(), Image.Exif()
+    for key, value in metadata.items():
+        text.add_text(key, value)
+    description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
+    exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
+    _save([image], path, **({"pnginfo": text} if path.suffix.lower() == ".png" else {"exif": exif}))
 
 
 def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
     """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF or WebP that repeats for ever."""
-    images, times = [], []
-    for image, time in frames:
-        check_size(image, path)
-        images.append(to_pil(image))
-        times.append(time)
-    data, options = io.BytesIO(), FORMATS.get(path.suffix.lower(), {})
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    images[0].save(data, kind, save_all=True, append_images=images[1:], duration=times, loop=0, **options)
+    images, times = zip(*frames, strict=True)
+    _save(images, path, save_all=True, duration=times, loop=0)
+
+
+def _save(images: Sequence[Tensor], path: Path, **options: Any) -> None:
+    check_size(images[0], path)
+    first, *others = map(to_pil, images)
+    if others:
+        options["append_images"] = others
+    data, suffix = io.BytesIO(), path.suffix.lower()  # into memory first: Pillow does not notice a full disk
+    first.save(data, Image.registered_extensions()[suffix], **FORMATS.get(suffix, {}), **options)
     write_file(data.getvalue(), path)
+
+
+def check_size(image: Tensor, path: Path) -> None:
+    """Raise InputError if a file with the suffix of `path` cannot hold an image of this size."""
+    most = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}.get(path.suffix.lower(), math.inf)
+    if max(image.shape[-2:]) > most:
+        raise InputError(f"cannot write {path}: such a file holds up to {most} px a side: choose .png")
 
 
 def save_sheet(columns: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -380,57 +348,48 @@ def save_sheet(columns: dict[str, Tensor], path: Path, metadata: dict[str, str])
 
 
 def save_losses(columns: Sequence[str], history: Sequence[Sequence[float]], table: Path) -> None:
-    """Write <table>.csv, a row for each of `history` under the names `columns`, and its plot, <table>.png.
-
-    The first column is the step; losses get a logarithmic axis. A long history is plotted as 200 means.
-    """
+    """Write <table>.csv, a row for each of `history`, the step first, and its plot, <table>.png, of 200 means at most."""
     from matplotlib.figure import Figure  # here, as it takes long to load and is seldom needed
 
-    text = io.StringIO()
+    text, plot = io.StringIO(), io.BytesIO()
     csv.writer(text).writerows([columns, *([f"{value:.6g}" for value in row] for row in history)])
     write_file(text.getvalue().encode(), table.with_suffix(".csv"))
     stretches = torch.tensor(history, dtype=torch.float64).split(math.ceil(len(history) / 200))
     steps, *losses = torch.stack([rows.mean(0) for rows in stretches]).T.tolist()
-    figure = Figure()
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (all but the total before weighting)", yscale="log")
+    axes = Figure().add_subplot(xlabel="step", ylabel="loss (all but the total before weighting)", yscale="log")
     for name, values in zip(columns[1:], losses, strict=True):
         if name not in NO_LOSSES:
             axes.plot(steps, values, label=name)
     axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, dpi=150)
-    write_file(data.getvalue(), table.with_suffix(".png"))
+    axes.figure.savefig(plot, dpi=150)
+    write_file(plot.getvalue(), table.with_suffix(".png"))
 
 
 # --- Files and folders -------------------------------------------------------------------------------------
 
-HEIC, HEIC_ADVICE = (".heic", ".heif"), "pip install pillow-heif reads .heic"
-
 
 def find_images(folder: Path, but: Path | None = None) -> list[Path]:
-    """Return all files in `folder`, and the folders in it, whose suffix Pillow can read, in order of their names.
+    """Return the files in `folder`, and the folders in it, whose suffix Pillow can read, in order of their names.
 
-    Hidden files and folders are left out, and the folder `but`. Other files are counted in one line on stderr.
+    What is hidden is left out, and the folder `but`. The other files are counted in one line on stderr.
     """
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    searched = {but.resolve()} - {folder.resolve()} if but else set()  # a link may lead into a circle
-    files, others = [], []
+    searched = {but.resolve()} - {folder.resolve()} if but else set()
+    files: list[Path] = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := Path(place).resolve()) in searched:
-            folders.clear()
-            continue
+        real = Path(place).resolve()  # a link may lead into a circle
+        folders[:] = [] if real in searched else sorted(name for name in folders if name[0] != ".")
+        files += [] if real in searched else [Path(place, name) for name in names if name[0] != "."]
         searched.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
-            (files if path.suffix.lower() in readable else others).append(path)
+    others = [path for path in files if path.suffix.lower() not in readable]
     if others:
-        advice = f" ({HEIC_ADVICE})" if any(path.suffix.lower() in HEIC for path in others) else ""
+        advice = f" ({HEIC})" if any(path.suffix.lower() == ".heic" for path in others) else ""
         print(f"{folder}: {len(others)} files are no pictures, and passed over{advice}", file=sys.stderr)
-    if not files:
+    if len(files) == len(others):
         raise InputError(f"no images in {folder}, nor in the folders in it")
-    return sorted(files)
+    return sorted(set(files) - set(others))
 
 
 def write_file(data: bytes, path: Path) -> None:
@@ -451,25 +410,23 @@ def write_file(data: bytes, path: Path) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Collection[str] = ()) -> None:
-    """Raise InputError now, not after the work, if one of `outputs` cannot be written.
+    """Raise InputError now, not after the work, if one of `outputs` cannot be written, or is, or is in, an input.
 
-    No output is one of the inputs, or lies in an input that is a folder, or holds one. The first output must have one
-    of `suffixes`, if there are any.
+    The first output must have one of `suffixes`, if there are any.
     """
     if suffixes and outputs[0].suffix.lower() not in suffixes:
         raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
     for path in outputs:
         try:
             real = path.resolve()
-            for other in inputs:
-                if real.is_relative_to(other.resolve()) or other.resolve().is_relative_to(real):
+            for other in (other.resolve() for other in inputs):
+                if real.is_relative_to(other) or other.is_relative_to(real):
                     raise InputError(f"{path} would write over {other}, an input: choose another --output")
             if path.is_dir() and not path.name.endswith("_frames"):
                 raise InputError(f"cannot write {path}: it is a folder")
             real.parent.mkdir(parents=True, exist_ok=True)
-            temporary = real.with_name(real.name + ".part")
-            temporary.touch()
-            temporary.unlink()
+            with NamedTemporaryFile(dir=real.parent, prefix=path.name):
+                pass
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -480,7 +437,8 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
     One file goes to `output`, or to <name>_<tag>.png. Several, or a folder, go under the same names to the folder
     `output`, or <folder>_<tag>; what is not of the KEPT formats becomes .png. An animation stays one.
     """
-    if len(inputs) == 1 and not inputs[0].is_dir() and output and not output.is_dir():
+    one_file = output is not None and (output.suffix.lower() in (*FORMATS, ".gif") or not output.is_dir())
+    if len(inputs) == 1 and one_file and not inputs[0].is_dir():
         check_outputs([output], inputs, [*FORMATS, ".gif"] if is_animation(inputs[0]) else FORMATS)
         return [(inputs[0], output)]
     if output and output.suffix.lower() in FORMATS and not output.is_dir():
@@ -490,23 +448,26 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
         if path.is_dir():
             top = output or Path(f"{path.resolve().name}_{tag}")
             wanted += [(file, top / file.relative_to(path)) for file in find_images(path, but=top)]
-        elif output:
-            wanted.append((path, output / path.name))
         else:
-            wanted.append((path, Path(f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}")))
-    sources = {source.resolve() for source, _ in wanted}
-    pairs: dict[Path, tuple[Path, Path]] = {}
+            name = f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}"
+            wanted.append((path, output / path.name if output else Path(name)))
+    pairs, taken = [], {source.resolve() for source, _ in wanted}
     for source, target in wanted:
         if target.suffix.lower() not in KEPT and not is_animation(source):
             target = target.with_suffix(".png")
-        real = target.resolve()
-        if real in sources:
-            raise InputError(f"{target} would write over an input: choose another --output")
-        if real in pairs:
-            raise InputError(f"{source} and {pairs[real][0]} would both become {target}: rename one")
-        pairs[real] = source, target
-    check_outputs([wanted[0][1]], [])
-    return list(pairs.values())
+        if target.resolve() in taken:
+            raise InputError(f"{target}, the result of {source}, is an input, or the result of another one")
+        taken.add(target.resolve())
+        pairs.append((source, target))
+    check_outputs([pairs[0][1]], [])
+    return pairs
+
+
+def is_animation(path: Path) -> bool:
+    """Tell whether a file is a GIF or WebP of several frames."""
+    with suppress(Exception), Image.open(path) as file:
+        return path.suffix.lower() in ANIMATIONS and file.n_frames > 1
+    return False
 
 
 def transform_files(
@@ -518,20 +479,19 @@ def transform_files(
     metadata: dict[str, str],
     shorter: int | None = None,
 ) -> None:
-    """Write `transform` of every image among `inputs` and in their folders to where `plan_outputs` says.
+    """Write `transform` of every image, and of every frame of animations, to where `plan_outputs` says.
 
-    Images are loaded with `size` or `shorter`. Of an animation, every frame is transformed. Of several images, one that
-    fails is passed over with a warning, and the exit status is 1 in the end.
+    Of several images, one that fails is passed over with a warning, and the exit status is 1 in the end.
     """
     pairs = plan_outputs(inputs, output, tag)
     failed = 0
     for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
         try:
+            frames = load_frames(source, size, shorter=shorter)
             if is_animation(source) and target.suffix.lower() in ANIMATIONS:
-                frames = load_frames(source, size, shorter=shorter)
                 save_animation(((transform(image), time) for image, time in frames), target)
             else:
-                image = load_image(source, size, shorter=shorter)
+                image, _ = next(frames)
                 check_size(image, target)
                 save_image(transform(image), target, metadata)
         except (InputError, OSError, MemoryError, RuntimeError) as error:
@@ -542,19 +502,14 @@ def transform_files(
             failed += 1
         else:
             with suppress(BrokenPipeError):  # nobody reads the names any more (`| head -1`): go on without
-                tqdm.write(str(target))
-                sys.stdout.flush()
+                print(target, flush=True)
     if failed:
         print(f"{failed} of {len(pairs)} files were passed over", file=sys.stderr)
         raise SystemExit(1)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a dictionary that torch.save has written, onto the CPU and without running code from it.
-
-    Raises:
-        InputError: there is none, or it is damaged, even by one bit.
-    """
+    """Read a dictionary of torch.save onto the CPU, without running code from it; InputError if damaged by one bit."""
     if not path.is_file():
         raise InputError(f"no such file: {path}")
     try:
@@ -562,11 +517,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("a checksum is wrong")
         with warnings.catch_warnings(record=True):  # of old formats
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"{type(state)} where a dictionary should be")
+        return dict(state.items())
     except Exception as error:  # an unpickler fed with a foreign file can raise anything
         raise InputError(f"{path} holds no weights, or is damaged: name another file, or make it anew") from error
-    return state
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -577,49 +530,47 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
 
 def all_finite(state: dict[str, Any]) -> bool:
-    """Whether no tensor of a state dict has an infinity or NaN in it."""
+    """Tell whether no tensor of a state dict has an infinity or NaN in it."""
     return all(bool(value.isfinite().all()) for value in state.values())
 
 
 # --- The command line ----------------------------------------------------------------------------------------
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Show defaults in the help, and leave the reporting of errors to `one_line_errors`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=_HelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+socket.setdefaulttimeout(10)  # seconds without an answer, after which a download is given up
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=40)
+class HelpFormatter(argparse.HelpFormatter):
+    """Show each flag's default."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        default = action.default
-        if default in (None, "", argparse.SUPPRESS) or default is False or default in ([], ()):
-            return action.help or ""
-        return f"{action.help} (default: {' '.join(default) if isinstance(default, list | tuple) else default})"
+        default = " ".join(action.default) if isinstance(action.default, list | tuple) else action.default
+        shown = default not in (None, "", argparse.SUPPRESS) and default is not False
+        return f"{action.help} (default: {default})" if shown else str(action.help)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "PATH" if action.type is Path else "N" if action.type else action.dest.upper()
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Leave the reporting of errors to `one_line_errors`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=lambda prog: HelpFormatter(prog, max_help_position=40), **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
 def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite int or float from `least` to `most`."""
+    """Make an argparse type: a finite int or float from `least` to `most`."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or value == math.inf:
-            bounds = f"≥ {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bounds}")
-        return value
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most and value != math.inf:
+                return value
+        bounds = f"≥ {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bounds}")
 
     return parse
 
@@ -921,7 +872,7 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def claim_outputs(outputs: Sequence[Path], inputs: Sequence[Path], resume: bool) -> None:
-    """Raise InputError if a training cannot write one of `outputs`, or it exists and there is no checkpoint to resume."""
+    """Raise InputError if a training cannot write one of `outputs`, or would replace those of another training."""
     check_outputs(outputs, inputs)
     found = [path for path in outputs if path.exists()]
     resuming = resume and any(path.name.endswith("checkpoint.pth") for path in found)
