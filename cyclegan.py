@@ -27,9 +27,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Sequence
 from http.client import HTTPException
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -42,16 +40,12 @@ from common import InputError, autocast
 # --- Networks ----------------------------------------------------------------------------------------------
 
 
-class Reflect(nn.Module):
+class Reflect(nn.ReflectionPad2d):
     """Pad by reflection, outside autocast, which on a CPU would copy the input to float32."""
-
-    def __init__(self, margin: int) -> None:
-        super().__init__()
-        self.margin = margin
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return nnf.pad(x, [self.margin] * 4, mode="reflect")
+            return super().forward(x)
 
 
 class Residual(nn.Module):
@@ -71,27 +65,21 @@ class Residual(nn.Module):
 class Generator(nn.Module):
     """G or F: c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3 (§7.2), with instance norm.
 
-    Layers have the positions that they have in the authors' PyTorch code, whose models load as they are.
-
-    Args:
-        blocks: residual blocks, 9, or 6 for pictures of 128 px.
-        width: channels of the first layer.
+    It has 9 `blocks`, or 6 for pictures of 128 px, and `width` channels in the first layer. Layers have the positions
+    that they have in the authors' PyTorch code, whose models load as they are.
     """
 
     def __init__(self, blocks: int = 9, width: int = 64) -> None:
         super().__init__()
-
-        def norm_relu(channels: int) -> list[nn.Module]:
-            return [nn.InstanceNorm2d(channels), nn.ReLU(inplace=True)]
-
         w = width
+        up = {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
         self.model = nn.Sequential(
-            *[Reflect(3), nn.Conv2d(3, w, 7), *norm_relu(w)],  # c7s1-64
-            *[nn.Conv2d(w, 2 * w, 3, 2, 1), *norm_relu(2 * w)],  # d128
-            *[nn.Conv2d(2 * w, 4 * w, 3, 2, 1), *norm_relu(4 * w)],  # d256
+            *[Reflect(3), nn.Conv2d(3, w, 7), nn.InstanceNorm2d(w), nn.ReLU(inplace=True)],  # c7s1-64
+            *[nn.Conv2d(w, 2 * w, 3, 2, 1), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True)],  # d128
+            *[nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.InstanceNorm2d(4 * w), nn.ReLU(inplace=True)],  # d256
             *[Residual(4 * w) for _ in range(blocks)],  # R256
-            *[nn.ConvTranspose2d(4 * w, 2 * w, 3, 2, 1, output_padding=1), *norm_relu(2 * w)],  # u128
-            *[nn.ConvTranspose2d(2 * w, w, 3, 2, 1, output_padding=1), *norm_relu(w)],  # u64
+            *[nn.ConvTranspose2d(4 * w, 2 * w, **up), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True)],  # u128
+            *[nn.ConvTranspose2d(2 * w, w, **up), nn.InstanceNorm2d(w), nn.ReLU(inplace=True)],  # u64
             *[Reflect(3), nn.Conv2d(w, 3, 7), nn.Tanh()],  # c7s1-3
         )
         self.apply(initialize)
@@ -110,17 +98,12 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-
-        def c(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-            convolution = nn.Conv2d(inputs, outputs, 4, stride, 1)
-            return [convolution, nn.InstanceNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
-
         w = width
         self.model = nn.Sequential(
             *[nn.Conv2d(3, w, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)],  # C64, without a norm
-            *c(w, 2 * w, 2),
-            *c(2 * w, 4 * w, 2),
-            *c(4 * w, 8 * w, 1),
+            *[nn.Conv2d(w, 2 * w, 4, 2, 1), nn.InstanceNorm2d(2 * w), nn.LeakyReLU(0.2, inplace=True)],  # C128
+            *[nn.Conv2d(2 * w, 4 * w, 4, 2, 1), nn.InstanceNorm2d(4 * w), nn.LeakyReLU(0.2, inplace=True)],  # C256
+            *[nn.Conv2d(4 * w, 8 * w, 4, 1, 1), nn.InstanceNorm2d(8 * w), nn.LeakyReLU(0.2, inplace=True)],  # C512
             nn.Conv2d(8 * w, 1, 4, 1, 1),
         )
         self.apply(initialize)
@@ -143,6 +126,25 @@ def initialize(module: nn.Module) -> None:
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """Average |a − b| in the networks' range -1 … 1, as the paper does: twice that of pictures in [0, 1]."""
     return 2 * (a - b).abs().mean()
+
+
+def generator_losses(gan: CycleGAN, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return what G and F minimise on x and y (B, 3, H, W), `total` and its terms before weighting; and G(x), F(y)."""
+    G, F, lambda_cycle, lambda_identity = gan.G, gan.F, gan.args.lambda_cycle, gan.args.lambda_identity
+    G_x, F_y = G(x), F(y)
+    # §3.1, Eq. 1, in the least-squares form of §4:  L_GAN(G, D_Y) = E_x (D_Y(G(x)) − 1)²   and the same for F, D_X
+    gan_G, gan_F = (gan.D_Y(G_x) - 1).square().mean(), (gan.D_X(F_y) - 1).square().mean()
+    # §3.2, Eq. 2:  L_cyc = E_x ‖F(G(x)) − x‖₁ + E_y ‖G(F(y)) − y‖₁   (means over the pixels)
+    cycle = distance(F(G_x), x) + distance(G(F_y), y)
+    # §3.3, Eq. 3:  L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc
+    total = gan_G + gan_F + lambda_cycle * cycle
+    identity = torch.zeros_like(total)
+    if lambda_identity:
+        # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁,   weighted by 0.5 λ
+        # The paper has it for paintings → photos (§5.2) and for flowers (§7.1) only. Here it is on by default.
+        identity = distance(G(y), y) + distance(F(x), x)
+        total = total + lambda_identity * lambda_cycle * identity
+    return {"total": total, "G": gan_G, "F": gan_F, "cycle": cycle, "identity": identity}, G_x, F_y
 
 
 def discriminator_loss(D: nn.Module, real: Tensor, made: Tensor) -> Tensor:
@@ -174,10 +176,10 @@ class ImagePool:
                 shown.append(image)
         return torch.stack(shown)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict:
         return {"images": [image.cpu() for image in self.images], "generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.images = list(state["images"])
         self.generator.set_state(state["generator"])
 
@@ -192,9 +194,7 @@ class CycleGAN:
     torch.bfloat16, the networks compute in it.
     """
 
-    def __init__(
-        self, args: Namespace, device: str | torch.device = "cpu", precision: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32) -> None:
         self.args, self.precision = args, precision
         self.G = Generator(args.blocks, args.width).to(device)
         self.F = Generator(args.blocks, args.width).to(device)
@@ -212,7 +212,7 @@ class CycleGAN:
         # §3.3, Eq. 4:  G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y),   in turns: first G and F …
         self.discriminators.requires_grad_(False)
         with autocast(x.device, self.precision):
-            losses, G_x, F_y = self.generator_losses(x, y)
+            losses, G_x, F_y = generator_losses(self, x, y)
         self.optimizer_G.zero_grad()
         losses["total"].backward()
         self.optimizer_G.step()
@@ -226,25 +226,6 @@ class CycleGAN:
         (losses["D_X"] + losses["D_Y"]).backward()
         self.optimizer_D.step()
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def generator_losses(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return what G and F minimise, `total`, with its terms before weighting; and G(x) and F(y)."""
-        G, F, D_X, D_Y = self.G, self.F, self.D_X, self.D_Y
-        lambda_cycle, lambda_identity = self.args.lambda_cycle, self.args.lambda_identity
-        G_x, F_y = G(x), F(y)
-        # §3.1, Eq. 1, in the least-squares form of §4:  L_GAN(G, D_Y) = E_x (D_Y(G(x)) − 1)²   and the same for F, D_X
-        gan_G, gan_F = (D_Y(G_x) - 1).square().mean(), (D_X(F_y) - 1).square().mean()
-        # §3.2, Eq. 2:  L_cyc = E_x ‖F(G(x)) − x‖₁ + E_y ‖G(F(y)) − y‖₁   (means over the pixels)
-        cycle = distance(F(G_x), x) + distance(G(F_y), y)
-        # §3.3, Eq. 3:  L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc
-        total = gan_G + gan_F + lambda_cycle * cycle
-        identity = torch.zeros_like(total)
-        if lambda_identity:
-            # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁,   weighted by 0.5 λ
-            # The paper has it for paintings → photos (§5.2) and for flowers (§7.1) only. Here it is on by default.
-            identity = distance(G(y), y) + distance(F(x), x)
-            total = total + lambda_identity * lambda_cycle * identity
-        return {"total": total, "G": gan_G, "F": gan_F, "cycle": cycle, "identity": identity}, G_x, F_y
 
     def set_lr(self, lr: float) -> None:
         """Let both optimisers go on with another learning rate."""
@@ -261,7 +242,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
     checkpoint = checkpoint_of(args)
     inputs = [Path(path) for path in args.data] + [Path("data", path) for path in args.data]  # data/: downloaded sets
-    common.claim_outputs([checkpoint, *([args.export] if args.export else [])], inputs, args.resume)
+    common.claim_outputs([path for path in (checkpoint, args.export) if path], inputs, args.resume)
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
@@ -272,7 +253,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     gan = CycleGAN(args, device, precision)
     parts = {name: getattr(gan, name) for name in ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D")}
     pools = {"pools": [gan.pool_X, gan.pool_Y]}
-    record = {"command": shlex.join(command)}
+    record = {"args": common.plain(args), "command": shlex.join(command)}
 
     def sample(step: int) -> None:
         save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), record | {"step": step})
@@ -353,16 +334,16 @@ def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") 
     """
     if len(data) > 2:
         raise InputError(f"{len(data)} folders given: name two, or one set")
-    folders, tests = [Path(part) for part in data], []
+    pairs = [(Path(part), None) for part in data]
     if len(data) == 1:
-        (root,) = folders
+        root = Path(data[0])
         if not root.is_dir():
             if data[0] not in DATASETS:
                 raise InputError(f"no such folder: {root}; name two folders, or a set: {', '.join(DATASETS)}")
             root = download(data[0])
-        folders, tests = [root / "trainA", root / "trainB"], [root / "testA", root / "testB"]
+        pairs = [(root / "trainA", root / "testA"), (root / "trainB", root / "testB")]
     result = []
-    for folder, test in zip_longest(folders, tests):
+    for folder, test in pairs:
         files = common.find_images(folder)
         if test and test.is_dir():
             samples, _ = common.hold_out(common.find_images(test), size)
@@ -383,7 +364,7 @@ def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict) 
     common.save_sheet(sample_columns(gan, x, y), sheet, {"command": record["command"]})
     if gan.args.export:
         G, F = ({name: value.half() for name, value in net.state_dict().items()} for net in (gan.G, gan.F))
-        common.save_checkpoint(record | {"args": common.plain(gan.args), "G": G, "F": F}, gan.args.export)
+        common.save_checkpoint(record | {"G": G, "F": F}, gan.args.export)
 
 
 @torch.no_grad()
