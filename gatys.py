@@ -65,15 +65,14 @@ class Objective:
 
     def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> None:
         self.vgg, self.args = vgg, args
-        A = []
+        self.styles, A = [], []  # of each style: its share, its mask at each layer, its Gram matrices
         with torch.no_grad():
             maps = vgg(photo)
             for painting, mask in zip(paintings, args.painting_masks, strict=False):
-                T = resize_mask(mask, painting)
+                T = None if mask is None else resize_mask(mask, painting)
                 A.append({layer: gram_matrix(f, T) for layer, f in vgg(painting, args.style_layers).items()})
-        keep = resize_mask(args.protect, photo, MARGIN)
-        self.styles = []  # of each style: its share, its mask at each layer, its Gram matrices
-        for share, T, grams in place_styles(A, photo, keep, args):
+        keep = None if args.protect is None else resize_mask(args.protect, photo, MARGIN)
+        for share, T, grams in place_styles(A, photo, keep, args) if A else ():
             self.styles.append((share, {layer: pool_mask(T, maps[layer]) for layer in grams}, grams))
         self.keep = {} if keep is None else {layer: pool_mask(keep, maps[layer]) for layer in PROTECTED_LAYERS}
         self.P = {layer: maps[layer] for layer in (*args.content_layers, *self.keep)}
@@ -103,7 +102,7 @@ class Objective:
 
 
 def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterator[Frame]:
-    """Paint `content` in the style of `styles`, images of any size; yield the picture and its losses after each step."""
+    """Paint `content` in the style of `styles`, of any size; yield the picture and its losses after every step."""
     x = None
     for factor, steps in scale_steps(args, content):
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
@@ -127,8 +126,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
 def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Tensor:
     """Paint `content` in the style of `styles`, images (1, 3, H, W) in [0, 1], each of any size; return the picture.
 
-    Options are the flags of the command line: `style_weight=100`. Masks are tensors (1, 1, h, w) in [0, 1]. What is
-    wrong with an argument is said by an InputError.
+    Options are the flags of the command line, as `style_weight=100`; masks are tensors (1, 1, h, w) in [0, 1].
     """
     args = settings(content, styles, **options)
     frames = paint(*prepare_colors(content, styles, args), args)
@@ -157,15 +155,14 @@ def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, arg
     # The first move of torch's L-BFGS changes all values by 1 in sum. In this unit that is 1/100 of white each.
     unit = x.numel() / 100
     # L-BFGS ignores curvatures below 1e-10. With this gain every loss starts at 1e6, far from there.
-    gain: Tensor | None = None
+    gain, losses = None, {}
     # Noise is full of high frequencies, and only an undamped change removes them. Adam moves all values alike.
     damping = 4.0 if args.optimizer == "lbfgs" and args.init != "noise" else 0.0
     x_0, z = x, torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
     method: torch.optim.Optimizer = torch.optim.Adam([z], args.lr / unit)
-    n, calls = args.lbfgs_iters, args.lbfgs_iters
+    n = calls = args.lbfgs_iters
     if args.optimizer == "lbfgs":  # which does all iterations of a step in one call
         method, calls = torch.optim.LBFGS([z], args.lr, n, 2 * n, 0, 0, history_size=20), 1
-    losses: dict[str, Tensor] = {}
 
     def closure() -> Tensor:
         nonlocal x, losses, gain
@@ -199,8 +196,7 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 
 
 # ===========================================================================================================
-# Nothing below is in the paper: scales, masks, colours (Gatys et al., "Controlling Perceptual Factors in Neural Style
-# Transfer", CVPR 2017), files, the command line.
+# Nothing below is in the paper: scales, masks and colours (Gatys et al. 2017), files, the command line.
 # ===========================================================================================================
 
 
@@ -217,10 +213,8 @@ def resize(image: Tensor, factor: float) -> Tensor:
     return resized.clamp(0, 1).to(image.device)
 
 
-def resize_mask(mask: Tensor | None, image: Tensor, margin: int = 0) -> Tensor | None:
-    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; keep it on the CPU. None stays None."""
-    if mask is None:
-        return None
+def resize_mask(mask: Tensor, image: Tensor, margin: int = 0) -> Tensor:
+    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; leave it on the CPU."""
     size = [side - 2 * margin for side in image.shape[-2:]]
     mask = nnf.interpolate(mask.detach().float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
     return nnf.pad(mask, [margin] * 4, mode="replicate")
@@ -228,8 +222,6 @@ def resize_mask(mask: Tensor | None, image: Tensor, margin: int = 0) -> Tensor |
 
 def place_styles(A: Sequence[dict], photo: Tensor, keep: Tensor | None, args: Namespace) -> list[tuple]:
     """Decide where styles go; return of each its share of the loss, its mask (None: everywhere), its Gram matrices."""
-    if not A:
-        return []
     free = torch.ones(1, 1, *photo.shape[-2:]) if keep is None else 1 - keep
     T = [resize_mask(mask, photo, MARGIN) for mask in args.style_masks]
     if not T:
@@ -290,16 +282,11 @@ def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
     return keep_color(picture, content) if args.preserve_color == "luminance" else picture
 
 
-# --- The command line --------------------------------------------------------------------------------------
-
-
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line; raise InputError on a mistake. Defaults that depend on other flags are filled in."""
     parser = common.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
     add, number = parser.add_argument, common.number
-    layers = {"nargs": "+", "metavar": "LAYER", "help": "of relu1_1 … relu5_4"}
     masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
-    auto = "sizes to go through, each half the next (default: auto, from about 192 px)"
     add("content", type=Path, help="photo: what to paint")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
     add("-o", "--output", type=Path, help=f"of {', '.join(common.FORMATS)} (default: <content>_<style>.png)")
@@ -309,13 +296,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--content-weight", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
     add("--style-weight", type=number(), default=30.0, metavar="β", help="β of Eq. 7")
     add("--tv-weight", type=number(), default=0.0, help="weight of the total variation, for smoothness")
-    add("--content-layers", default=CONTENT_LAYERS, **layers)
-    add("--style-layers", default=STYLE_LAYERS, **layers)
+    add("--content-layers", nargs="+", default=CONTENT_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_4")
+    add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_4")
     add("--style-layer-weights", nargs="+", type=number(), metavar="W", help="w_l of Eq. 5 (default: equal, 1 in sum)")
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
     add("--num-steps", type=number(int, 1, 10**6), default=16, help="at full size; a coarser scale has twice as many")
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of the optimiser in each step")
-    add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), metavar="N", help=auto)
+    add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="sizes, each half the next")
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
     add("--init", choices=["recolored", "content", "style", "noise"], default="recolored", help="the paper's is noise")
@@ -402,9 +389,8 @@ def find_faces(image: Tensor) -> Tensor:
     y, x = (torch.arange(side).float() for side in image.shape[-2:])
     for left, top, right, bottom in () if boxes is None else boxes.astype(float):
         # The box ends at brows and chin: an ellipse of 1.4 times its sides, half faded 0.2 further out
-        dx = (x - (left + right) / 2) / (0.7 * (right - left))
-        dy = (y - (top + bottom) / 2) / (0.7 * (bottom - top))
-        mask = torch.maximum(mask, ((1.2 - torch.hypot(dx, dy[:, None])) / 0.4).clamp(0, 1))
+        dx, dy = (x - (left + right) / 2) / (right - left), (y - (top + bottom) / 2) / (bottom - top)
+        mask = torch.maximum(mask, ((1.2 - torch.hypot(dx, dy[:, None]) / 0.7) / 0.4).clamp(0, 1))
     return mask
 
 
@@ -429,7 +415,6 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
-
     steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
     best, best_step, losses, history, frames, stopped = None, 0, {}, [], [resize(content, small)], None
     bar = tqdm(paint(*prepare_colors(content, styles, args), args), total=steps, unit="step")
