@@ -302,7 +302,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
     add("--num-steps", type=number(int, 1, 10**6), default=16, help="at full size; a coarser scale has twice as many")
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of the optimiser in each step")
-    add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="sizes, each half the next")
+    add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="each half the next")
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
     add("--init", choices=["recolored", "content", "style", "noise"], default="recolored", help="the paper's is noise")
