@@ -143,7 +143,7 @@ def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
         x = torch.rand(photo.shape, generator=torch.Generator().manual_seed(args.seed)).to(photo)
     if args.init == "style":
         cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
-        x = center_crop(resize(styles[0], cover), [h, w])
+        x = center_crop(resize(styles[0], cover, math.ceil), [h, w])
     return x if args.protect is None else torch.lerp(x, photo, resize_mask(args.protect, photo, MARGIN).to(x))
 
 
@@ -206,9 +206,9 @@ def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
 
 
-def resize(image: Tensor, factor: float) -> Tensor:
+def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
     """Scale an image (1, 3, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
-    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
+    size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
     resized = nnf.interpolate(image.detach().float().cpu(), size, mode="bicubic", antialias=True)
     return resized.clamp(0, 1).to(image.device)
 
