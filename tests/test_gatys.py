@@ -27,10 +27,10 @@ TOP = (torch.arange(40) < 20).float()[:, None].expand(1, 1, 40, 56)
 LEFT = (torch.arange(56) < 28).float().expand(1, 1, 40, 56)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def pictures():
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, 3, 40, 56, generator=generator), torch.rand(1, 3, 32, 48, generator=generator) ** 3
+    torch.manual_seed(0)
+    return torch.rand(1, 3, 40, 56), torch.rand(1, 3, 32, 48) ** 3
 
 
 def tiny(content, styles=(), **options):
@@ -45,9 +45,6 @@ def paint(content, styles=(), **options):
 def widen(image):
     """Repeat the borders of an image or a mask in a margin."""
     return nnf.pad(image, [8] * 4, mode="replicate")
-
-
-# --- Optimisation ------------------------------------------------------------------------------------------
 
 
 def optimize(objective, steps, iterations, x=None, **options):
@@ -107,9 +104,6 @@ def test_a_damped_first_move_has_a_ninth_of_the_finest_stripes(flag, damped):
     close(optimize(lambda x: x.mean(), 1, 1, odd, **flag)[0][0], odd)
 
 
-# --- Losses, scales, starts --------------------------------------------------------------------------------
-
-
 def test_the_first_losses_are_those_of_the_equations(pictures):
     """From VGG's own layers: the rescaling, the margin, the weights and the layers of every term."""
     photo, style = widen(pictures[0]), 0
@@ -134,11 +128,10 @@ def test_the_first_losses_are_those_of_the_equations(pictures):
 def test_the_loss_falls_and_every_size_comes_out_as_it_went_in(pictures, optimizer, size):
     content, styles = nnf.interpolate(pictures[0], size), [torch.rand(1, 3, 51, 17) ** 3]
     options = {"optimizer": optimizer, "num_steps": 4, "init": "content", "content_layers": ["relu4_2"]}
-    (_, first), *_, (_, last) = paint(content, styles, **options)
+    (_, first), *_, (result, last) = paint(content, styles, **options)
     assert last["total"] < 0.7 * first["total"]
-    result = tiny(content, styles, scales=2, **options)
-    assert result.shape == content.shape
     assert 0 <= result.min() < result.max() <= 1
+    assert tiny(content, styles, scales=2, **options).shape == content.shape
 
 
 def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(pictures):
@@ -151,11 +144,10 @@ def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(
         assert losses == pytest.approx(others)
     # With one evaluation at full size, the picture there is what it starts from.
     close(both[2][0], nnf.interpolate(both[1][0], (40, 56), mode="bicubic").clamp(0, 1), rtol=0, atol=1e-4)
+    assert (gatys.resize(pictures[0], 0.25) - nnf.avg_pool2d(pictures[0], 4)).abs().mean() < 0.05
 
 
-def test_resizing_averages_and_sizes_halve_down_to_192_px():
-    noise = torch.rand(1, 3, 128, 128)
-    assert (gatys.resize(noise, 0.25) - nnf.avg_pool2d(noise, 4)).abs().mean() < 0.05
+def test_sizes_halve_down_to_192_px():
     for size, scales in ((191, 1), (192, 1), (383, 1), (384, 2), (512, 2), (768, 3), (1024, 3)):
         planned = gatys.scale_steps(parse_args(["a", "b"]), torch.zeros(1, 3, size // 2, size))
         assert planned == [(0.25, 64), (0.5, 32), (1, 16)][3 - scales :]
@@ -185,15 +177,11 @@ def test_what_it_starts_from(pictures):
     close(start("recolored"), gatys.match_color(content, [style]).clamp(0, 1))
     close(start("recolored", [1 - style, style], style_blend=[0, 3]), start("recolored"))
     noise = start("noise")
-    assert noise.shape == content.shape
     assert torch.equal(noise, start("noise", seed=0))
     assert not torch.equal(noise, start("noise", seed=1))
     assert 0 <= noise.min() < 0.01 < 0.27 < noise.std() < 0.31 < noise.max() <= 1  # uniform: 0.289
     ramp = torch.linspace(0, 1, 90).expand(1, 3, 30, 90)  # covers 40×56 at 40×120: its middle stays
     close(start("style", [ramp, 1 - ramp])[0, 0, 20], torch.linspace(32 / 120, 88 / 120, 56), rtol=0, atol=0.02)
-
-
-# --- Masks -------------------------------------------------------------------------------------------------
 
 
 def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
@@ -209,13 +197,11 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
     def E(S, T=None):
         return gatys.style_loss(gram_matrix(F, None if T is None else widen(T)), S).item()
 
-    A, B, cases = gram_matrix(A), gram_matrix(B), 0
+    A, B = gram_matrix(A), gram_matrix(B)
     for expected, styles, options in (
-        (E(A), [a], {}),
         (E(A), [a], {"style_masks": [2 * grey]}),
         (E(0.75 * A + 0.25 * B), [a, b], {"style_blend": [6, 2]}),
         (E(0.5 * A + 0.5 * B), [a, b], {}),
-        (0.5 * E(A, LEFT) + 0.5 * E(B, 1 - LEFT), [a, b], {"style_masks": [LEFT, 1 - LEFT]}),
         (0.5 * E(A, LEFT) + 0.5 * E(B, 1 - LEFT), [a, b], {"style_masks": [LEFT]}),  # the last gets the rest
         (0.75 * E(A, LEFT) + 0.25 * E(B, 1 - LEFT), [a, b], {"style_masks": [LEFT], "style_blend": [3, 1]}),
         (E(A), [a, a], {"style_masks": [grey]}),  # grey does not weaken a style
@@ -227,8 +213,6 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
         (E(gram_matrix(vgg(a)["relu1_1"], LEFT)), [a], {"painting_masks": [LEFT]}),
     ):  # fmt: skip
         assert style(styles, **options) == pytest.approx(expected, rel=0.01), options
-        cases += 1
-    assert cases == 14
     mask = torch.rand(1, 1, 32, 48)
     small = gatys.resize_mask(mask, torch.zeros(1, 3, 8, 12))
     assert (small - nnf.avg_pool2d(mask, 4)).abs().mean() < 0.1
@@ -243,7 +227,6 @@ def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
     assert changed[..., :16, :].mean() < 0.1 * change[..., :16, :].mean()
     assert changed[..., 24:, :].mean() > 0.5 * change[..., 24:, :].mean()
     losses = kept[-1][1]
-    assert losses["protected"] > 0
     total = losses["content"] + 30 * losses["style"] + 30 * losses["protected"]
     assert losses["total"] == pytest.approx(total, rel=1e-4)
     start = paint(photo, styles, protect=TOP, init="noise", lbfgs_iters=1)[0][0]
@@ -261,9 +244,9 @@ def test_a_mask_is_white_where_it_is_opaque_and_white(capsys):
     drawn = Image.new("RGBA", (8, 4), (255, 255, 255, 0))
     drawn.paste((255, 255, 255, 255), (0, 0, 4, 4))
     drawn.save("drawn.png")
+    Image.new("L", (8, 4), 255).save("white.png")
     close(gatys.load_mask(Path("drawn.png")), (torch.arange(8) < 4).float().expand(1, 1, 4, 8))
     assert not capsys.readouterr().err
-    Image.new("L", (8, 4), 255).save("white.png")
     close(gatys.load_mask(Path("white.png")), torch.ones(1, 1, 4, 8))
     assert "warning: the mask white.png" in capsys.readouterr().err
 
@@ -283,9 +266,6 @@ def test_faces_are_protected(monkeypatch, capsys):
     assert "no face found" in capsys.readouterr().err
 
 
-# --- Colours, and the arguments of stylize -----------------------------------------------------------------
-
-
 def test_matched_colors_of_grey_and_flat_pictures():
     """Noise as of JPEG must not become coloured noise."""
     grey, colorful = torch.rand(1, 1, 9, 9).expand(1, 3, 9, 9), torch.rand(1, 3, 9, 9)
@@ -301,8 +281,8 @@ def test_preserved_colors_are_the_photos(pictures):
     content, style = pictures[0] * 0.4 + 0.3, pictures[1]  # so that no color leaves the range
     grey = common.luminance(content).expand_as(content)
     painted = tiny(grey, [gatys.match_luminance(style, content)], scales=2)
-    picture = tiny(content, [style], preserve_color="luminance", scales=2)
-    close(picture, common.keep_color(painted, content), rtol=0, atol=1e-4)
+    expected = common.keep_color(painted, content)
+    close(tiny(content, [style], preserve_color="luminance", scales=2), expected, rtol=0, atol=1e-4)
     recolored = gatys.match_color(style, [content]).clamp(0, 1)
     close(tiny(content, [style], preserve_color="histogram"), tiny(content, [recolored]))
 
@@ -315,7 +295,7 @@ def test_defaults():
         "style_layers": ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"], "style_blend": [1.0], "lbfgs_iters": 2,
         "scales": None, "optimizer": "lbfgs", "lr": 1.0, "init": "recolored", "preserve_color": None, "protect": None,
         "protect_weight": 30.0, "pooling": "avg", "vgg": "vgg19", "vgg_weights": "auto", "seed": 0, "precision": "auto",
-        "style_layer_weights": list(gatys.STYLE_LAYER_WEIGHTS), "image_size": 512, "style_scale": 1.0,
+        "style_layer_weights": [0.2] * 5, "image_size": 512, "style_scale": 1.0,
     }  # fmt: skip
     assert gatys.PROTECTED_LAYERS == ("relu1_1", "relu3_1", "relu4_2")
     assert parse_args(["a", "b", "--style-layers", "relu1_1", "relu2_1"]).style_layer_weights == [0.5, 0.5]
@@ -336,31 +316,17 @@ def test_other_tensors_precisions_and_devices_give_nearly_the_same_picture(pictu
         assert (result.cpu() - expected).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"content_weight": -1}, "--content-weight"),
-        ({"styles": [], "style_weight": 0, "init": "style"}, "style image"),
-        ({"style_blend": [1.0, 2.0]}, "--style-blend"),
-        ({"style_blend": [0.0]}, "--style-blend"),
-        ({"style_layer_weights": [1.0]}, "--style-layer-weights"),
-        ({"content_layers": ["relu9_1"]}, "relu9_1.*relu5_3"),
-        ({"optimizer": "sgd"}, "sgd"),
-        ({"alpha": 3}, "unknown option alpha"),
-        ({"image_size": 300}, "unknown option image_size"),
-        ({"save_gif": True}, "unknown option save_gif"),
-        ({"protect": LEFT[0]}, r"tensor \(1, 1, H, W\)"),
-        ({"content": torch.rand(2, 3, 40, 56)}, r"tensor \(1, 3, H, W\)"),
-        ({"content": 255 * torch.rand(1, 3, 40, 56)}, "from 0 to 1"),
-        ({"content": torch.full((1, 3, 40, 56), math.nan)}, "from 0 to 1"),
-        ({"content": torch.zeros(1, 3, 40, 56).byte()}, "uint8"),
-        ({"content": Image.new("RGB", (40, 56))}, "Image"),
-        ({"styles": torch.rand(1, 3, 40, 56)}, r"\(3, 40, 56\)"),
-    ],
-)
-def test_arguments_that_make_no_sense_are_told_in_one_line(pictures, arguments, message):
-    with pytest.raises(InputError, match=message) as error:
-        tiny(**{"vgg": "vgg16", "content": pictures[0], "styles": pictures[1:]} | arguments)
-    assert "\n" not in str(error.value)
+def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
+    image, pair = pictures[0], pictures[1:]
+    options = {"content_weight": -1, "style_blend": [1.0, 2.0], "style_layer_weights": [1.0], "optimizer": "sgd"}
+    options |= {"alpha": 3, "image_size": 300, "save_gif": True, "content_layers": ["relu9_1"]}
+    cases = [({name: value}, "relu5_3" if name == "content_layers" else name) for name, value in options.items()]
+    wrong = [image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), common.to_pil(image)]
+    cases += [({"content": content}, "(1, 3, H, W) with values from 0 to 1") for content in wrong]
+    for arguments, word in [*cases, ({"styles": image}, "(3, 40, 56)"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]:
+        with pytest.raises(InputError) as error:
+            tiny(**{"vgg": "vgg16", "content": image, "styles": pair} | arguments)
+        assert word in str(error.value).replace("-", "_"), arguments
+        assert "\n" not in str(error.value)
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
-        tiny(pictures[0], pictures[1:])
+        tiny(image, pair)
