@@ -213,6 +213,11 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
         (E(gram_matrix(vgg(a)["relu1_1"], LEFT)), [a], {"painting_masks": [LEFT]}),
     ):  # fmt: skip
         assert style(styles, **options) == pytest.approx(expected, rel=0.01), options
+    objective = gatys.Objective(vgg, widen(x), [], settings(x, style_weight=0, protect=TOP))
+    expected = 0
+    for f, p in zip(vgg(widen(1 - x)).values(), vgg(widen(x)).values(), strict=True):  # of the layers that protect
+        expected += 0.5 * (nnf.adaptive_avg_pool2d(widen(TOP), f.shape[-2:]) * (f - p)).square().mean().item() / 3
+    assert objective(widen(1 - x))["protected"].item() == pytest.approx(expected, rel=1e-4)
     mask = torch.rand(1, 1, 32, 48)
     small = gatys.resize_mask(mask, torch.zeros(1, 3, 8, 12))
     assert (small - nnf.avg_pool2d(mask, 4)).abs().mean() < 0.1
