@@ -178,14 +178,16 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
     """Average a mask (1, 1, h, w) over the pixels that each position of `features` (B, C, H, W) stands for."""
-    if mask is None or mask.shape[-2:] == features.shape[-2:]:
-        return mask
-    return nn.functional.adaptive_avg_pool2d(mask.cpu(), features.shape[-2:]).to(features.device)  # not on Apple's GPU
+    if mask is None:
+        return None
+    if mask.shape[-2:] != features.shape[-2:]:
+        mask = nn.functional.adaptive_avg_pool2d(mask.cpu(), features.shape[-2:])  # Apple's GPU has not every size
+    return mask.to(features.device)
 
 
-def check_images(images: Sequence[Tensor], channels: int = 3) -> None:
-    """Raise InputError if one of `images` is no image tensor; a mask has one of the channels."""
-    for x in images:
+def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = ()) -> None:
+    """Raise InputError if one of `images` or `masks` is no float tensor (1, 3, H, W), (1, 1, H, W) in [0, 1]."""
+    for x, channels in [(x, 3) for x in images] + [(x, 1) for x in masks if x is not None]:
         fits = isinstance(x, Tensor) and x.ndim == 4 and x.shape[:2] == (1, channels) and x.is_floating_point()
         if not fits or not -0.01 < x.min() <= x.max() < 1.01:
             got = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -15,8 +15,6 @@ descent through the network, until its feature maps match the photo's and its co
                       L_total = α L_content + β Σ_l w_l E_l, made small by L-BFGS, which changes x           Eq. 5, 7
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from argparse import Namespace
@@ -67,15 +65,14 @@ class Objective:
 
     def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> None:
         self.vgg, self.args = vgg, args
-        A = []
+        self.styles, A = [], []  # of each style: its share, its mask at each layer, its Gram matrices
         with torch.no_grad():
             maps = vgg(photo)
             for painting, mask in zip(paintings, args.painting_masks, strict=False):
-                T = resize_mask(mask, painting)
+                T = None if mask is None else resize_mask(mask, painting)
                 A.append({layer: gram_matrix(f, T) for layer, f in vgg(painting, args.style_layers).items()})
-        keep = resize_mask(args.protect, photo, MARGIN)
-        self.styles = []  # of each style: its share, its mask at each layer, its Gram matrices
-        for share, T, grams in place_styles(A, photo, keep, args):
+        keep = None if args.protect is None else resize_mask(args.protect, photo, MARGIN)
+        for share, T, grams in place_styles(A, photo, keep, args) if A else ():
             self.styles.append((share, {layer: pool_mask(T, maps[layer]) for layer in grams}, grams))
         self.keep = {} if keep is None else {layer: pool_mask(keep, maps[layer]) for layer in PROTECTED_LAYERS}
         self.P = {layer: maps[layer] for layer in (*args.content_layers, *self.keep)}
@@ -105,10 +102,7 @@ class Objective:
 
 
 def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterator[Frame]:
-    """Paint `content` in the style of `styles`; yield the picture and its losses after every step.
-
-    Images are (1, 3, H, W) in [0, 1], each of any size; `args` is what `settings` returns.
-    """
+    """Paint `content` in the style of `styles`, of any size; yield the picture and its losses after every step."""
     x = None
     for factor, steps in scale_steps(args, content):
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
@@ -132,8 +126,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
 def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Tensor:
     """Paint `content` in the style of `styles`, images (1, 3, H, W) in [0, 1], each of any size; return the picture.
 
-    Options are the flags of the command line, with underscores: `style_weight=100`. Masks are tensors (1, 1, h, w) in
-    [0, 1], of any size. InputError says what is wrong with an argument.
+    Options are the flags of the command line, as `style_weight=100`; masks are tensors (1, 1, h, w) in [0, 1].
     """
     args = settings(content, styles, **options)
     frames = paint(*prepare_colors(content, styles, args), args)
@@ -162,15 +155,14 @@ def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, arg
     # The first move of torch's L-BFGS changes all values by 1 in sum. In this unit that is 1/100 of white each.
     unit = x.numel() / 100
     # L-BFGS ignores curvatures below 1e-10. With this gain every loss starts at 1e6, far from there.
-    gain: Tensor | None = None
+    gain, losses = None, {}
     # Noise is full of high frequencies, and only an undamped change removes them. Adam moves all values alike.
     damping = 4.0 if args.optimizer == "lbfgs" and args.init != "noise" else 0.0
     x_0, z = x, torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
     method: torch.optim.Optimizer = torch.optim.Adam([z], args.lr / unit)
-    n, calls = args.lbfgs_iters, args.lbfgs_iters
+    n = calls = args.lbfgs_iters
     if args.optimizer == "lbfgs":  # which does all iterations of a step in one call
         method, calls = torch.optim.LBFGS([z], args.lr, n, 2 * n, 0, 0, history_size=20), 1
-    losses: dict[str, Tensor] = {}
 
     def closure() -> Tensor:
         nonlocal x, losses, gain
@@ -193,7 +185,7 @@ def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, arg
 def smooth(z: Tensor, damping: float) -> Tensor:
     """Divide each frequency of z (1, 3, H, W) by 1 + damping · cycles per pixel, as an equaliser does.
 
-    The paper changes the pixels themselves. Few iterations leave grain, then: their gradient is full of it. With this,
+    The paper changes the pixels themselves. Their gradient is full of grain, which few iterations leave. With this,
     coarse changes come first, and every picture can still be reached (Mordvintsev et al., Distill 2018).
     """
     if damping == 0:
@@ -204,8 +196,7 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 
 
 # ===========================================================================================================
-# Nothing below is in the paper: scales, masks, colours (Gatys et al., "Controlling Perceptual Factors in Neural Style
-# Transfer", CVPR 2017), files, the command line.
+# Nothing below is in the paper: scales, masks and colours (Gatys et al. 2017), files, the command line.
 # ===========================================================================================================
 
 
@@ -217,17 +208,13 @@ def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
 
 def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
     """Scale an image (1, 3, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
-    if factor == 1:
-        return image.detach().float()
     size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
-    smaller = nnf.interpolate(image.detach().float().cpu(), size, mode="bicubic", antialias=True)
-    return smaller.clamp(0, 1).to(image.device)
+    resized = nnf.interpolate(image.detach().float().cpu(), size, mode="bicubic", antialias=True)
+    return resized.clamp(0, 1).to(image.device)
 
 
-def resize_mask(mask: Tensor | None, image: Tensor, margin: int = 0) -> Tensor | None:
-    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; keep it on the CPU. None stays None."""
-    if mask is None:
-        return None
+def resize_mask(mask: Tensor, image: Tensor, margin: int = 0) -> Tensor:
+    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; leave it on the CPU."""
     size = [side - 2 * margin for side in image.shape[-2:]]
     mask = nnf.interpolate(mask.detach().float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
     return nnf.pad(mask, [margin] * 4, mode="replicate")
@@ -235,8 +222,6 @@ def resize_mask(mask: Tensor | None, image: Tensor, margin: int = 0) -> Tensor |
 
 def place_styles(A: Sequence[dict], photo: Tensor, keep: Tensor | None, args: Namespace) -> list[tuple]:
     """Decide where styles go; return of each its share of the loss, its mask (None: everywhere), its Gram matrices."""
-    if not A:
-        return []
     free = torch.ones(1, 1, *photo.shape[-2:]) if keep is None else 1 - keep
     T = [resize_mask(mask, photo, MARGIN) for mask in args.style_masks]
     if not T:
@@ -293,21 +278,15 @@ def match_luminance(style: Tensor, content: Tensor) -> Tensor:
 def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
     """After painting, scale a picture up to the size of `content`, and put colours back if it was painted in grey."""
     if picture.shape != content.shape:
-        large = nnf.interpolate(picture.cpu(), content.shape[-2:], mode="bicubic", antialias=True)
-        picture = large.clamp(0, 1).to(picture.device)
+        picture = nnf.interpolate(picture, content.shape[-2:], mode="bicubic").clamp(0, 1)
     return keep_color(picture, content) if args.preserve_color == "luminance" else picture
-
-
-# --- The command line --------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line; raise InputError on a mistake. Defaults that depend on other flags are filled in."""
     parser = common.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
     add, number = parser.add_argument, common.number
-    layers = {"nargs": "+", "metavar": "LAYER", "help": "of relu1_1 … relu5_4"}
     masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
-    starts, auto = ["recolored", "content", "style", "noise"], "each half the next (default: auto, from about 192 px)"
     add("content", type=Path, help="photo: what to paint")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
     add("-o", "--output", type=Path, help=f"of {', '.join(common.FORMATS)} (default: <content>_<style>.png)")
@@ -317,16 +296,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--content-weight", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
     add("--style-weight", type=number(), default=30.0, metavar="β", help="β of Eq. 7")
     add("--tv-weight", type=number(), default=0.0, help="weight of the total variation, for smoothness")
-    add("--content-layers", default=CONTENT_LAYERS, **layers)
-    add("--style-layers", default=STYLE_LAYERS, **layers)
+    add("--content-layers", nargs="+", default=CONTENT_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_4")
+    add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_4")
     add("--style-layer-weights", nargs="+", type=number(), metavar="W", help="w_l of Eq. 5 (default: equal, 1 in sum)")
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
     add("--num-steps", type=number(int, 1, 10**6), default=16, help="at full size; a coarser scale has twice as many")
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of the optimiser in each step")
-    add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), metavar="N", help=auto)
+    add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="each half the next")
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
-    add("--init", choices=starts, default="recolored", help="what to start from; the paper's is noise")
+    add("--init", choices=["recolored", "content", "style", "noise"], default="recolored", help="the paper's is noise")
     add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's (default: the painting's)")
     add("--style-masks", **masks, help="where in the photo each style goes: white on black; the last gets the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
@@ -374,19 +353,17 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
         raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
     argv, known = ["content", *["style" for _ in styles]], vars(parse_args(["content", "style"]))
     for_files = ("content", "styles", "output", "image_size", "center_crop", "style_scale", "device")
-    masks = {
-        name: options[name] for name in ("style_masks", "painting_masks", "protect") if options.get(name) is not None
-    }
+    masks = {}
     for name, value in options.items():
         if name not in known or name in for_files or name.startswith("save"):
             raise InputError(f"unknown option {name}: options are the flags of gatys.py, but those about files")
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        if values:
-            argv += [f"--{name.replace('_', '-')}", *("mask" if name in masks else str(v) for v in values)]
+        if values and name in ("style_masks", "painting_masks", "protect"):
+            masks[name], values = value, ["mask" for _ in values]
+        argv += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
     args = parse_args(argv)
-    vars(args).update({name: T for name, T in masks.items() if len(T)})
-    common.check_images([content, *styles])
-    common.check_images([T for T in (*args.style_masks, *args.painting_masks, args.protect) if T is not None], 1)
+    vars(args).update(masks)
+    common.check_images([content, *styles], [*args.style_masks, *args.painting_masks, args.protect])
     return args
 
 
@@ -403,8 +380,8 @@ def find_faces(image: Tensor) -> Tensor:
     try:
         from facenet_pytorch import MTCNN
     except ImportError as error:
-        message = "--protect faces needs a detector: pip install requests, and pip install --no-deps facenet-pytorch"
-        raise InputError(message) from error
+        install = "pip install requests, and pip install --no-deps facenet-pytorch"
+        raise InputError(f"--protect faces needs a detector: {install}") from error
     boxes, _ = MTCNN(keep_all=True).detect(common.to_pil(image))
     if boxes is None:
         print("no face found: nothing is protected", file=sys.stderr)
@@ -412,9 +389,8 @@ def find_faces(image: Tensor) -> Tensor:
     y, x = (torch.arange(side).float() for side in image.shape[-2:])
     for left, top, right, bottom in () if boxes is None else boxes.astype(float):
         # The box ends at brows and chin: an ellipse of 1.4 times its sides, half faded 0.2 further out
-        dx = (x - (left + right) / 2) / (0.7 * (right - left))
-        dy = (y - (top + bottom) / 2) / (0.7 * (bottom - top))
-        mask = torch.maximum(mask, ((1.2 - torch.hypot(dx, dy[:, None])) / 0.4).clamp(0, 1))
+        dx, dy = (x - (left + right) / 2) / (right - left), (y - (top + bottom) / 2) / (bottom - top)
+        mask = torch.maximum(mask, ((1.2 - torch.hypot(dx, dy[:, None]) / 0.7) / 0.4).clamp(0, 1))
     return mask
 
 
@@ -426,7 +402,6 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     protect = () if args.protect in (None, "faces") else (Path(args.protect),)
     inputs = (args.content, *args.styles, *args.style_masks, *filter(None, args.painting_masks), *protect)
     common.check_outputs([args.output, *extras.values()], inputs, common.FORMATS)
-
     device, crop = common.pick_device(args.device), args.center_crop
     content = load_image(args.content, args.image_size, crop).to(device)
     style_size = max(1, round(args.image_size * args.style_scale))
@@ -440,7 +415,6 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
-
     steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
     best, best_step, losses, history, frames, stopped = None, 0, {}, [], [resize(content, small)], None
     bar = tqdm(paint(*prepare_colors(content, styles, args), args), total=steps, unit="step")
@@ -450,12 +424,13 @@ def run(args: Namespace, command: Sequence[str]) -> None:
             if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
                 best, best_step, losses = picture, step, terms
             bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
-            if args.save_gif:
+            if args.save_gif and step % math.ceil(steps / 48) == 0:
                 frames.append(resize(finish(picture, content, args), small))
             if args.save_all:
                 common.save_image(finish(picture, content, args), extras["_frames"] / f"{step:04d}.png")
     except (Exception, KeyboardInterrupt) as error:  # what there is, is saved first
         stopped = error
+    bar.close()
     if stopped and common.out_of_memory(stopped):
         size = max(content.shape[-2:])  # of which 0.7 has half the pixels
         stopped = InputError(f"out of memory at {size} px: about --image-size {int(0.7 * size)} is likely to fit")
@@ -467,8 +442,9 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     if args.save_losses:
         common.save_losses(["step", *losses], history, extras["_losses.csv"])
     if args.save_gif:
+        frames.append(resize(finish(best, content, args), small))
         fade = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
-        shown = [(frame, 100.0) for frame in [*fade, *frames[1 : -1 : math.ceil(len(frames) / 48)]]]
+        shown = [(frame, 100.0) for frame in [*fade, *frames[1:]]]
         common.save_animation([*shown, (frames[-1], 2000.0)], extras[".gif"])
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
@@ -478,9 +454,8 @@ def run(args: Namespace, command: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 on a failure that the user can mend."""
-    argv = sys.argv[1:] if argv is None else argv
     with common.one_line_errors():
-        run(parse_args(argv), ["python", "gatys.py", *argv])
+        run(parse_args(argv), ["python", "gatys.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":
