@@ -32,7 +32,8 @@ from common import VGG, InputError, gram_matrix, keep_color, load_image, luminan
 
 CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-STYLE_LAYER_WEIGHTS = (0.2, 0.2, 0.2, 0.2, 0.2)  # w_l of Eq. 5
+# w_l of Eq. 5. The paper's are equal. But then relu5_1 has by far the largest gradient, and draws a lattice of dots.
+STYLE_LAYER_WEIGHTS = (0.2, 0.45, 0.2, 1.0, 0.02)
 PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse; what --protect keeps is compared there
 MARGIN = 8  # px painted around the picture and cut off in the end: the network pads with zeros, which shows as a frame
 Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W) in [0, 1], and its losses
@@ -157,7 +158,7 @@ def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, arg
     # L-BFGS ignores curvatures below 1e-10. With this gain every loss starts at 1e6, far from there.
     gain, losses = None, {}
     # Noise is full of high frequencies, and only an undamped change removes them. Adam moves all values alike.
-    damping = 4.0 if args.optimizer == "lbfgs" and args.init != "noise" else 0.0
+    damping = 10.0 if args.optimizer == "lbfgs" and args.init != "noise" else 0.0
     x_0, z = x, torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
     method: torch.optim.Optimizer = torch.optim.Adam([z], args.lr / unit)
     n = calls = args.lbfgs_iters
@@ -244,9 +245,9 @@ def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float
         mean = sum(b * p.mean(1, keepdim=True) for b, p in zip(shares, pixels, strict=True))
         return mean, sum(b * (p - mean) @ (p - mean).T / p.shape[1] for b, p in zip(shares, pixels, strict=True))
 
-    def power(C: Tensor, exponent: float, least: float) -> Tensor:
+    def power(C: Tensor, exponent: float, least: float, most: float = math.inf) -> Tensor:
         values, vectors = torch.linalg.eigh(C)
-        return vectors * values.clamp_min(least) ** exponent @ vectors.T
+        return vectors * values.clamp(least, most) ** exponent @ vectors.T
 
     # 2017, §5.2:  x ↦ A x + b  with A C_x Aᵀ = C_s. Of all such A the symmetric one moves colours least: the linear
     # Monge map (Pitié & Kokaram 2007),  A = C_x^-½ (C_x^½ C_s C_x^½)^½ C_x^-½
@@ -254,6 +255,7 @@ def match_color(image: Tensor, targets: Sequence[Tensor], shares: Sequence[float
     mean_s, C_s = statistics(targets, shares or [1 / len(targets) for _ in targets])
     root, inverse = (power(C_x, exponent, 1e-4) for exponent in (0.5, -0.5))  # no less: that would amplify noise
     A = inverse @ power(root @ C_s @ root, 0.5, 0.0) @ inverse
+    A = power(A, 1.0, 0.0, most=3.0)  # a larger gain makes coloured contours of what a JPEG has in flat areas
     matched = A @ (image.flatten(2)[0].cpu().double() - mean_x) + mean_s
     return matched.view(image.shape).to(image)
 
@@ -298,9 +300,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--tv-weight", type=number(), default=0.0, help="weight of the total variation, for smoothness")
     add("--content-layers", nargs="+", default=CONTENT_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_4")
     add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_4")
-    add("--style-layer-weights", nargs="+", type=number(), metavar="W", help="w_l of Eq. 5 (default: equal, 1 in sum)")
+    add("--style-layer-weights", nargs="+", type=number(), metavar="W", help="w_l of Eq. 5; the paper's are 0.2 each")
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="one for each style (default: equal shares)")
-    add("--num-steps", type=number(int, 1, 10**6), default=16, help="at full size; a coarser scale has twice as many")
+    add("--num-steps", type=number(int, 1, 10**6), default=7, help="at full size; a coarser scale has twice as many")
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of the optimiser in each step")
     add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="each half the next")
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
@@ -442,10 +444,9 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     if args.save_losses:
         common.save_losses(["step", *losses], history, extras["_losses.csv"])
     if args.save_gif:
-        frames.append(resize(finish(best, content, args), small))
         fade = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
         shown = [(frame, 100.0) for frame in [*fade, *frames[1:]]]
-        common.save_animation([*shown, (frames[-1], 2000.0)], extras[".gif"])
+        common.save_animation([*shown, (resize(finish(best, content, args), small), 2000.0)], extras[".gif"])
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
         raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped

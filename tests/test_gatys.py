@@ -298,11 +298,11 @@ def test_defaults():
     """The paper's, or the README's where it departs from the paper; those of stylize are the command line's."""
     args = vars(parse_args(["content", "style"]))
     assert args == args | {
-        "content_weight": 1.0, "style_weight": 30.0, "tv_weight": 0.0, "content_layers": ["relu4_2"], "num_steps": 16,
+        "content_weight": 1.0, "style_weight": 30.0, "tv_weight": 0.0, "content_layers": ["relu4_2"], "num_steps": 7,
         "style_layers": ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"], "style_blend": [1.0], "lbfgs_iters": 2,
         "scales": None, "optimizer": "lbfgs", "lr": 1.0, "init": "recolored", "preserve_color": None, "protect": None,
         "protect_weight": 30.0, "pooling": "avg", "vgg": "vgg19", "vgg_weights": "auto", "seed": 0, "precision": "auto",
-        "style_layer_weights": [0.2] * 5, "image_size": 512, "style_scale": 1.0,
+        "style_layer_weights": [0.2, 0.45, 0.2, 1.0, 0.02], "image_size": 512, "style_scale": 1.0,
     }  # fmt: skip
     assert gatys.PROTECTED_LAYERS == ("relu1_1", "relu3_1", "relu4_2")
     assert parse_args(["a", "b", "--style-layers", "relu1_1", "relu2_1"]).style_layer_weights == [0.5, 0.5]
