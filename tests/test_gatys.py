@@ -96,11 +96,11 @@ def test_first_moves_are_as_large_as_they_should_be():
 
 
 @pytest.mark.parametrize(("flag", "damped"), [({}, True), ({"init": "noise"}, False), ({"optimizer": "adam"}, False)])
-def test_a_damped_first_move_has_a_ninth_of_the_finest_stripes(flag, damped):
-    """Half a cycle a pixel, in both directions √½ of one, counts 1/(1 + 4 · ½) in z, and so it does in the gradient."""
+def test_a_damped_first_move_has_little_of_the_finest_stripes(flag, damped):
+    """Half a cycle a pixel, in both directions √½ of one, counts 1/(1 + 10 · ½) in z, and again in the gradient."""
     stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 3, 6, 8)
     checks = stripes * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
-    for pattern, share in ((stripes, 1 / 9), (checks, (1 + 8**0.5) ** -2)):
+    for pattern, share in ((stripes, 1 / 36), (checks, (1 + 50**0.5) ** -2)):
         _, (x, _) = optimize(lambda x, p=pattern: (x - 1 - p).square().mean(), 2, 1, 0 * pattern, **flag)
         assert (x * pattern).mean() / x.mean() == pytest.approx(share if damped else 1.0, rel=1e-3)
     odd = torch.rand(1, 3, 7, 9)
@@ -153,7 +153,7 @@ def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(
 def test_sizes_halve_down_to_192_px():
     for size, scales in ((191, 1), (192, 1), (383, 1), (384, 2), (512, 2), (768, 3), (1024, 3)):
         planned = gatys.scale_steps(parse_args(["a", "b"]), torch.zeros(1, 3, size // 2, size))
-        assert planned == [(0.25, 64), (0.5, 32), (1, 16)][3 - scales :]
+        assert planned == [(0.25, 28), (0.5, 14), (1, 7)][3 - scales :]
 
 
 def test_a_term_without_weight_is_not_computed(pictures):
@@ -229,11 +229,10 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
 def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
     photo, styles = gaussian_blur(pictures[0], 9), pictures[1:]
     options = {"style_weight": 30, "num_steps": 4, "init": "noise", "scales": 2}
-    kept = paint(photo, styles, protect=TOP, **options)
-    change, changed = ((image - photo).abs() for image in (tiny(photo, styles, **options), kept[-1][0]))
+    change, changed = ((tiny(photo, styles, **options, protect=mask) - photo).abs() for mask in (None, TOP))
     assert changed[..., :16, :].mean() < 0.1 * change[..., :16, :].mean()
     assert changed[..., 24:, :].mean() > 0.5 * change[..., 24:, :].mean()
-    losses = kept[-1][1]
+    _, losses = paint(photo, styles, protect=TOP, **options)[0]
     total = losses["content"] + 30 * losses["style"] + 30 * losses["protected"]
     assert losses["total"] == pytest.approx(total, rel=1e-4)
     start = paint(photo, styles, protect=TOP, init="noise", lbfgs_iters=1)[0][0]
@@ -279,7 +278,9 @@ def test_matched_colors_of_grey_and_flat_pictures():
     flat, noisy = torch.full((1, 3, 9, 9), 0.3), grey + 0.002 * torch.randn(1, 3, 9, 9)
     for image, target in ((grey, colorful), (flat, colorful), (colorful, flat), (flat, flat), (grey, flat)):
         close(gatys.match_color(image, [target]).mean((2, 3)), target.mean((2, 3)), rtol=0, atol=1e-5)
-    assert (gatys.match_color(noisy, [colorful]) - gatys.match_color(grey, [colorful])).abs().max() < 0.25
+    assert (gatys.match_color(noisy, [colorful]) - gatys.match_color(grey, [colorful])).abs().max() < 0.05
+    pale, mean = 0.6 + 0.1 * (colorful - colorful.mean((2, 3), keepdim=True)), colorful.mean((2, 3), keepdim=True)
+    close(gatys.match_color(pale, [colorful]), mean + 3 * (pale - 0.6), rtol=0, atol=1e-4)  # 10 times would be needed
     assert gatys.match_luminance(flat, colorful).isfinite().all()
     assert gatys.match_luminance(colorful**9, (colorful > 0.5).float()).max() == 1
 

@@ -149,8 +149,9 @@ def test_all_commands_run():
         common.save_image(torch.rand(1, 3, 40, 60), f"photos/{i}.png")
     tiny = "--device mps --image-size 47 --num-steps 1 --vgg-weights random --save-gif --save-losses -o a.png"
     gatys.main([PHOTO, STYLE, *tiny.split()])
-    johnson.main(["stylize", PHOTO, *"--device mps --image-size 47 --preserve-color luminance -o b.png".split()])
-    cyclegan.main(["translate", PHOTO, *"--device mps --image-size 47 -o c.png".split()])
+    tiny = "--device mps --image-size 47 -o b.png"
+    johnson.main(["stylize", PHOTO, *tiny.split(), "--preserve-color", "luminance"])
+    cyclegan.main(["translate", PHOTO, *tiny.split()])
     tiny = """--device mps --workers 0 --image-size 16 --style-size 32 --batch-size 2 --data photos -o d.pth --resume
         --vgg vgg16 --vgg-weights random --content-layer relu2_1 --style-layers relu1_1 relu2_1 --iterations"""
     for steps in "12":
