@@ -100,7 +100,8 @@ def test_a_step_in_bfloat16():
         torch.manual_seed(1)
         y_s, x, f_W, dtypes = torch.rand(1, 3, 24, 32), torch.rand(2, 3, 24, 24), TransformNet(), set()
         vgg = VGG(["relu2_1", "relu1_2"], "vgg16", "random", precision=precision)
-        objective = johnson.Objective(vgg, y_s, "relu2_1", ["relu1_2"], 1.0, 5.0, 4.0)
+        args = ["--content-layer", "relu2_1", "--style-layers", "relu1_2", "--style", "", "--data", ""]
+        objective = johnson.Objective(vgg, y_s, johnson.parse_args(["train", *args]))
         for module in (f_W.conv1.conv2d, f_W.deconv3.conv2d, objective.vgg.features[-2]):
             module.register_forward_hook(lambda m, i, output, dtypes=dtypes: dtypes.add(output.dtype))
         losses.append(johnson.step(f_W, objective, torch.optim.SGD(f_W.parameters(), 1e-3), x))
