@@ -191,7 +191,7 @@ def check_images(images: Sequence[Tensor], channels: int = 3) -> None:
             raise InputError(f"not a float tensor (1, {channels}, H, W) with values from 0 to 1: {got}")
 
 
-# --- Colours -------------------------------------------------------------------------------------------------
+# --- Colours -----------------------------------------------------------------------------------------------
 
 
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
@@ -530,7 +530,7 @@ def all_finite(state: dict[str, Any]) -> bool:
     return all(bool(value.isfinite().all()) for value in state.values())
 
 
-# --- The command line ----------------------------------------------------------------------------------------
+# --- The command line --------------------------------------------------------------------------------------
 
 
 socket.setdefaulttimeout(10)  # seconds without an answer, after which a download is given up
@@ -832,7 +832,7 @@ def resumed_arguments(
     before = state.get("args", state.get("settings"))  # of older files
     if not isinstance(before, dict):
         raise InputError(f"{checkpoint} is no checkpoint of this script's train")
-    before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "resume"}}
+    before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
     before["precision"] = str(before["precision"]).removeprefix("torch.")
     subparser(parser, argv).set_defaults(**before)
     now = plain(args := parse(parser, argv))
