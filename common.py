@@ -1,4 +1,4 @@
-"""What the scripts share: VGG's features and the Gram matrix, image files, device and precision.
+"""What the scripts share: VGG's features and the Gram matrix, colours; then files, the command line, trainings.
 
 Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a network; networks normalise inside.
 """
@@ -618,9 +618,8 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
-        message = " ".join(str(error).splitlines()[-1:]).removeprefix(
-            "common.InputError: "
-        )  # a worker's begins with a traceback
+        lines = str(error).splitlines() or [""]  # of a worker's error, the last one is not its traceback
+        message = lines[-1].removeprefix("common.InputError: ")
         if out_of_memory(error):
             message = "out of memory: choose a smaller size, or batch, or --workers 0"
         elif isinstance(error, RuntimeError):
@@ -833,7 +832,7 @@ def resumed_arguments(
     if not isinstance(before, dict):
         raise InputError(f"{checkpoint} is no checkpoint of this script's train")
     before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
-    before["precision"] = str(before["precision"]).removeprefix("torch.")
+    before["precision"] = str(before.get("precision", args.precision)).removeprefix("torch.")
     subparser(parser, argv).set_defaults(**before)
     now = plain(args := parse(parser, argv))
     changes = [f"{name} {before[name]} → {now[name]}" for name in before if now[name] != before[name]]
@@ -974,10 +973,9 @@ class Training:
             for name, parts in self.local.items():
                 for part, saved in zip(parts, state[name][self.rank % len(state[name])], strict=True):
                     part.load_state_dict(saved)
-            old = (
-                csv.DictReader(self.table.read_text().splitlines()) if "args" not in state else ()
-            )  # rows had no names
-            self.history = [{name: float(value) for name, value in row.items()} for row in old or state["history"]]
+            if "args" not in state:  # an older file, whose rows have no names
+                state["history"] = list(csv.DictReader(self.table.read_text().splitlines()))
+            self.history = [{name: float(value) for name, value in row.items()} for row in state["history"]]
             self.step = int(state["step"])
         except Exception as error:  # a foreign file can fail anywhere
             raise InputError(f"{self.checkpoint} is no checkpoint of this script's train with these flags") from error
