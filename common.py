@@ -47,7 +47,6 @@ class InputError(ValueError):
 
 # --- VGG and the Gram matrix -------------------------------------------------------------------------------
 
-
 # What torchvision's networks expect: RGB in [0, 1], less ImageNet's mean, over its standard deviation.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -193,7 +192,6 @@ def check_images(images: Sequence[Tensor], channels: int = 3) -> None:
 
 # --- Colours -----------------------------------------------------------------------------------------------
 
-
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
 
 
@@ -256,6 +254,8 @@ def load_frames(
         with Image.open(path) as file:
             if least := size or shorter:
                 file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+            if math.prod(file.size) > 2**30:  # in a damaged header, rather than in a scan
+                raise ValueError("more than 1024 megapixels")
             for image in ImageSequence.Iterator(file):
                 image.load()
                 milliseconds = image.info.get("duration", 100)
@@ -312,29 +312,26 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None 
         text.add_text(key, value)
     description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
     exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
-    _save([image], path, **({"pnginfo": text} if path.suffix.lower() == ".png" else {"exif": exif}))
+    _save(to_pil(image), path, **({"pnginfo": text} if path.suffix.lower() == ".png" else {"exif": exif}))
 
 
 def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
     """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF or WebP that repeats for ever."""
-    images, times = zip(*frames, strict=True)
-    _save(images, path, save_all=True, duration=times, loop=0)
+    images, times = zip(*((to_pil(image), time) for image, time in frames), strict=True)
+    _save(images[0], path, save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
-def _save(images: Sequence[Tensor], path: Path, **options: Any) -> None:
-    check_size(images[0], path)
-    first, *others = map(to_pil, images)
-    if others:
-        options["append_images"] = others
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
+    check_size(image.size, path)
     data, suffix = io.BytesIO(), path.suffix.lower()  # into memory first: Pillow does not notice a full disk
-    first.save(data, Image.registered_extensions()[suffix], **FORMATS.get(suffix, {}), **options)
+    image.save(data, Image.registered_extensions()[suffix], **FORMATS.get(suffix, {}), **options)
     write_file(data.getvalue(), path)
 
 
-def check_size(image: Tensor, path: Path) -> None:
-    """Raise InputError if a file with the suffix of `path` cannot hold an image of this size."""
+def check_size(sides: Sequence[int], path: Path) -> None:
+    """Raise InputError if a file with the suffix of `path` cannot hold an image with sides of so many px."""
     most = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}.get(path.suffix.lower(), math.inf)
-    if max(image.shape[-2:]) > most:
+    if max(sides) > most:
         raise InputError(f"cannot write {path}: such a file holds up to {most} px a side: choose .png")
 
 
@@ -488,7 +485,7 @@ def transform_files(
                 save_animation(((transform(image), time) for image, time in frames), target)
             else:
                 image, _ = next(frames)
-                check_size(image, target)
+                check_size(image.shape[-2:], target)
                 save_image(transform(image), target, metadata)
         except (InputError, OSError, MemoryError, RuntimeError) as error:
             if len(pairs) == 1 or not (isinstance(error, InputError | OSError) or out_of_memory(error)):
@@ -531,7 +528,6 @@ def all_finite(state: dict[str, Any]) -> bool:
 
 
 # --- The command line --------------------------------------------------------------------------------------
-
 
 socket.setdefaulttimeout(10)  # seconds without an answer, after which a download is given up
 
