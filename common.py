@@ -852,7 +852,7 @@ def claim_outputs(outputs: Sequence[Path], inputs: Sequence[Path], resume: bool)
         raise InputError(f"{found[0]} exists: continue that training with --resume, or choose another --output")
 
 
-@dataclass
+@dataclass(repr=False)  # Python's signal module asks for the repr of a handler's owner: of all tensors
 class Training:
     """Show how far a training is, save it, stop it, and resume it exactly: what every training needs.
 
