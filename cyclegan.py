@@ -312,8 +312,7 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
         try:
             print(f"downloading {url}", file=sys.stderr)
-            with common.network_timeout(4 * common.NETWORK_TIMEOUT):
-                download_and_extract_archive(url, temporary)
+            download_and_extract_archive(url, temporary)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             reason = f"{url} came cut short or damaged ({error}): try again"
             raise InputError(f"{reason}, or unpack it yourself, to {target}/trainA, trainB, …") from error

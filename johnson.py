@@ -37,8 +37,7 @@ from common import VGG, InputError, autocast, gram_matrix, keep_color, load_imag
 class Convolution(nn.Module):
     """Convolve, after reflection padding, and after an upsampling where the paper has stride 1/2.
 
-    Padding by reflection in every convolution is not the paper's, nor is the upsampling by nearest neighbours: the
-    paper's transposed convolution leaves a checkerboard (Odena, Dumoulin, Olah 2016).
+    Neither is the paper's: its transposed convolution leaves a checkerboard (Odena, Dumoulin, Olah 2016).
     """
 
     def __init__(
@@ -63,8 +62,9 @@ class Convolution(nn.Module):
 
 def reflect(x: Tensor, margin: int) -> Tensor:
     """Pad pictures or feature maps (B, C, H, W) by their mirror images; InputError if they are too small for that."""
-    if margin >= min(x.shape[-2:]):
-        raise InputError("the picture is too small for the network: choose a larger size")
+    height, width = x.shape[-2:]
+    if margin >= min(height, width):
+        raise InputError(f"{width}×{height} px is too small for the network: choose more than {margin} px a side")
     return nnf.pad(x, [margin] * 4, mode="reflect") if margin else x
 
 
@@ -87,14 +87,12 @@ class Residual(nn.Module):
 class TransformNet(nn.Module):
     """The image transformation network f_W of Table 1 in the supplement.
 
-    The paper's network is `TransformNet("batch", "transposed", "start")`, but for the tanh's tenth. Modules have the
-    names of the fast_neural_style example in pytorch/examples, whose models load as they are.
+    Modules have the names of the fast_neural_style example in pytorch/examples, whose models load as they are.
 
     Args:
         norm: `instance` (Ulyanov, Vedaldi, Lempitsky 2016), or `batch` as in the paper.
         upsample: `nearest`, followed by a convolution, or `transposed` as in the paper.
-        padding: `reflect` in every convolution; or `start`, the paper's: reflection by 40 px at the start, none in the
-            residual blocks.
+        padding: `reflect` in every convolution; or `start`, the paper's: 40 px at the start, none in residual blocks.
         output: `tanh`, scaled to [0, 1]; or `linear`, in 0 … 255 from and to the network, as in pytorch/examples.
     """
 
@@ -162,10 +160,7 @@ def total_variation(y_hat: Tensor) -> Tensor:
 
 
 class Objective:
-    """The losses of ŷ for one painting y_s, (1, 3, h, w) in [0, 1]. It holds φ and the Gram matrices of y_s.
-
-    `args` has content_layer, style_layers, content_weight, style_weight, tv_weight.
-    """
+    """The losses of ŷ for one painting y_s, (1, 3, h, w) in [0, 1]. It holds φ and the Gram matrices of y_s."""
 
     def __init__(self, vgg: VGG, y_s: Tensor, args: Namespace) -> None:
         # The paper takes VGG as it is. Rescaled to a mean activation of 1 over the painting in each layer, as Gatys et
@@ -223,6 +218,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     torch.manual_seed(args.seed)
     f_W = load_network(args.start_from) if args.start_from else TransformNet(args.norm, args.upsample, args.padding)
+    if f_W.architecture["norm"] == "batch" and common.processes()[1] > 1:
+        raise InputError("batch norm looks at a whole batch: choose --norm instance, or one process")
     f_W.to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
     vgg = VGG([args.content_layer, *args.style_layers], args.vgg, args.vgg_weights, precision=precision).to(device)
@@ -267,14 +264,12 @@ def stylize(
 
 MODELS = Path(__file__).parent / "models"
 STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this, trained as the README says
+STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 STRIP = 2**19  # pixels of a feature map that are convolved at a time in `run_in_strips`
 
 
 def run_in_strips(network: TransformNet, x: Tensor) -> Tensor:
-    """Compute network(x), with large feature maps convolved strip by strip.
-
-    Of a photo of 12 megapixels, the upsampled and padded copies of whole feature maps alone would take 6 GB.
-    """
+    """Compute network(x) with large maps convolved in strips: copies of whole ones would take 6 GB at 12 megapixels."""
     scales = {"conv1": 1.0, "conv2": 0.5, "conv3": 0.5, "deconv1": 2.0, "deconv2": 2.0, "deconv3": 1.0}
     for name, scale in scales.items():
         getattr(network, name).forward = partial(convolve_strips, getattr(network, name), scale)
@@ -294,9 +289,9 @@ def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor
     for top in range(0, rows, strip):
         above = min(top, 4)  # a strip takes along the rows around it that a 9×9 kernel reaches
         part = Convolution.forward(convolution, x[..., top - above : top + strip + 4, :])
-        part = part[..., int(above * scale) : int((above + strip) * scale), :]
         if y is None:
             y = part.new_empty(*part.shape[:2], math.ceil(rows * scale), part.shape[-1])
+        part = part[..., int(above * scale) : int((above + strip) * scale), :]
         y[..., int(top * scale) : int((top + strip) * scale), :] = part
     return y
 
@@ -321,13 +316,10 @@ def save_samples(f_W: TransformNet, x: Tensor, precision: torch.dtype, path: Pat
 def load_network(path: Path) -> TransformNet:
     """Read a model that `train` has written, or one of the fast_neural_style example of pytorch/examples."""
     state = common.load_checkpoint(path)
-    try:
-        if "architecture" in state:
-            network, weights = TransformNet(**state["architecture"]), state["model"]
-        else:  # a plain state dict; older ones carry statistics that instance norm never used
-            network = TransformNet(output="linear")
-            weights = {name: value for name, value in state.items() if "running_" not in name}
-        network.load_state_dict({name: value.float() for name, value in weights.items()})
+    try:  # those of pytorch/examples are plain state dicts
+        network, weights = TransformNet(**state.get("architecture", {"output": "linear"})), state.get("model", state)
+        known = network.state_dict()  # older files have statistics, too, that instance norm never used
+        network.load_state_dict({n: w.float() for n, w in weights.items() if n in known or "running_" not in n})
         if not common.all_finite(network.state_dict()):
             raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
@@ -364,7 +356,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser("stylize", help="stylise pictures", usage="%(prog)s input [input ...] [flags]")
-    sub.set_defaults(run=stylize_files)
     add = sub.add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
     models = f"{', '.join(STYLES)}, or a file: of train, or of pytorch/examples"
@@ -377,7 +368,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     usage = "%(prog)s --style PAINTING --data FOLDER -o MODEL.pth [flags]"
     sub = commands.add_parser("train", help="make a model of a style", usage=usage)
-    sub.set_defaults(run=train)
     add = sub.add_argument
     add("--style", type=Path, required=True, help="painting")
     add("--data", type=Path, required=True, help="folder of photos; searched with all folders in it")
@@ -386,8 +376,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--style-weight", type=number(), default=5.0, help="λ_s of Eq. 5")
     add("--tv-weight", type=number(), default=4.0, help="λ_TV of Eq. 5")
     add("--content-layer", default="relu2_2", metavar="LAYER", help="of relu1_1 … relu5_3")
-    layers = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
-    add("--style-layers", nargs="+", default=layers, metavar="LAYER", help="of relu1_1 … relu5_3")
+    add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help="of relu1_1 … relu5_3")
     add("--image-size", type=number(int, 8, 65536), default=256, help="side of the training crops, in px")
     add("--style-size", type=number(int, 16, 65536), default=512, help="longer side of the painting, in px")
     add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")
@@ -405,8 +394,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = common.resumed_arguments(parser, argv, checkpoint_of)
     if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
         raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
-    if args.command == "train" and args.norm == "batch" and common.processes()[1] > 1:
-        raise InputError("--norm batch looks at a whole batch: choose --norm instance, or one process")
     return args
 
 
@@ -415,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with common.one_line_errors():
         args = parse_args(argv)
-        args.run(args, ["python", "johnson.py", *argv])
+        {"stylize": stylize_files, "train": train}[args.command](args, ["python", "johnson.py", *argv])
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def test_a_step_in_bfloat16():
         torch.manual_seed(1)
         y_s, x, f_W, dtypes = torch.rand(1, 3, 24, 32), torch.rand(2, 3, 24, 24), TransformNet(), set()
         vgg = VGG(["relu2_1", "relu1_2"], "vgg16", "random", precision=precision)
-        objective = johnson.Objective(vgg, y_s, "relu2_1", ["relu1_2"], 1.0, 5.0, 4.0)
+        args = ["--content-layer", "relu2_1", "--style-layers", "relu1_2", "--style", "", "--data", ""]
+        objective = johnson.Objective(vgg, y_s, johnson.parse_args(["train", *args]))
         for module in (f_W.conv1.conv2d, f_W.deconv3.conv2d, objective.vgg.features[-2]):
             module.register_forward_hook(lambda m, i, output, dtypes=dtypes: dtypes.add(output.dtype))
         losses.append(johnson.step(f_W, objective, torch.optim.SGD(f_W.parameters(), 1e-3), x))
@@ -145,11 +146,13 @@ def test_a_training_starts_from_its_seed_or_from_another_style(photos, monkeypat
         return step(f_W, objective, optimizer, x)
 
     monkeypatch.setattr(johnson, "step", noting)
-    run(TRAIN, "--seed", 7, "--norm", "batch", "--upsample", "transposed", "--padding", "start", "-o", "paper.pth")
+    papers = "--norm batch --upsample transposed --padding start --image-size 48"  # the padding needs 41 px
+    run(TRAIN, "--seed", 7, *papers.split(), "-o", "paper.pth")
     torch.manual_seed(7)
     assert equal(starts[0], TransformNet("batch", "transposed", "start").state_dict())
     starts.clear(), rates.clear()
-    run(TRAIN, "--iterations", 6, "--decay-iterations", 4, "--lr", "1e-4", "-o", "b.pth", "--start-from", "paper.pth")
+    flags = "--iterations 6 --decay-iterations 4 --lr 1e-4 -o b.pth --start-from paper.pth --image-size 48"
+    run(TRAIN, *flags.split())
     assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 7.5e-5, 5e-5, 2.5e-5])
     assert equal(starts[0], load_network(Path("paper.pth")).state_dict())
     assert load_network(Path("b.pth")).architecture["norm"] == "batch"  # and not that of the flags
