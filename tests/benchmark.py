@@ -53,24 +53,19 @@ def gatys_evaluation(size):
     return lambda: objective(content.clone().requires_grad_())["total"].backward(), plain
 
 
-def johnson_objective(args, y_s):
-    vgg = VGG([args.content_layer, *args.style_layers], "vgg19", precision=PRECISION).to(DEVICE)
-    weights = args.content_weight, args.style_weight, args.tv_weight
-    return johnson.Objective(vgg, y_s, args.content_layer, args.style_layers, *weights)
-
-
 def johnson_step(size):
     """Return functions that train on a batch of 4; plainly, all of VGG is run on the photos too."""
     x, y_s, f_W = torch.rand(4, 3, size, size, device=DEVICE), example("style", 512), johnson.TransformNet().to(DEVICE)
     args, optimizer = johnson.parse_args(["train", "--style", "", "--data", ""]), torch.optim.Adam(f_W.parameters())
-    c, s, objective = args.content_layer, args.style_layers, johnson_objective(args, y_s)
-    vgg = VGG([c, *s], "vgg19").to(DEVICE, memory_format=torch.contiguous_format)
+    layers = [args.content_layer, *args.style_layers]
+    objective = johnson.Objective(VGG(layers, "vgg19", precision=PRECISION).to(DEVICE), y_s, args)
+    vgg = VGG(layers, "vgg19").to(DEVICE, memory_format=torch.contiguous_format)
 
     def plain():
         f, target = vgg(f_W(x)), vgg(x)
-        style = sum((plain_gram(f[layer]) - objective.G_s[layer]).square().sum() for layer in s)
+        style = sum((plain_gram(f[layer]) - objective.G_s[layer]).square().sum() for layer in layers[1:])
         optimizer.zero_grad()
-        (style + (f[c] - target[c]).square().mean()).backward()
+        (style + (f[layers[0]] - target[layers[0]]).square().mean()).backward()
         optimizer.step()
 
     return lambda: johnson.step(f_W, objective, optimizer, x), plain
@@ -83,7 +78,9 @@ def johnson_stylize(size):
 
 def cyclegan_step(size):
     x, y = torch.rand(2, 1, 3, size, size, device=DEVICE)  # batch 1, 9 blocks; plainly it is the same in float32
-    ours, plain = (cyclegan.CycleGAN(device=DEVICE, precision=p) for p in (PRECISION, torch.float32))
+    ours, plain = (
+        cyclegan.CycleGAN(cyclegan.parse_args(["train", "", ""]), DEVICE, p) for p in (PRECISION, torch.float32)
+    )
     return lambda: ours.step(x, y), lambda: plain.step(x, y)
 
 
@@ -136,7 +133,8 @@ def johnson_claims(size):
     for style in johnson.STYLES:
         f_W = johnson.load_network(johnson.model_file(style)).to(DEVICE)
         saved = argparse.Namespace(**load_checkpoint(johnson.model_file(style))["settings"])
-        objective = johnson_objective(saved, example("style" if style == "auvers" else style, saved.style_size))
+        vgg = VGG([saved.content_layer, *saved.style_layers], "vgg19", precision=PRECISION).to(DEVICE)
+        objective = johnson.Objective(vgg, example("style" if style == "auvers" else style, saved.style_size), saved)
         (seconds,), y_hat = best(lambda f_W=f_W: johnson.stylize(f_W, x)), johnson.stylize(f_W, x)
         noise, reached, start = torch.rand(x.shape).to(DEVICE), objective(y_hat, x)["total"].item(), time.perf_counter()
         for n, (_, losses) in enumerate(gatys.optimize(noise, lambda y, o=objective: o(y, x), 500, args), 1):

