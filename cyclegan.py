@@ -327,7 +327,7 @@ def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") 
     """
     if len(data) > 2:
         raise InputError(f"{len(data)} folders given: name two, or one set")
-    pairs = [(Path(part), None) for part in data]
+    pairs: list[tuple[Path, Path | None]] = [(Path(part), None) for part in data]
     if len(data) == 1:
         root = Path(data[0])
         if not root.is_dir():

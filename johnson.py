@@ -273,11 +273,10 @@ def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor
     rows, strip = x.shape[-2], max(32, STRIP // int(x.shape[-1] * max(1, scale) ** 2) // 2 * 2)
     if rows <= strip or torch.is_grad_enabled():
         return Convolution.forward(convolution, x)
-    y = None
     for top in range(0, rows, strip):
         above = min(top, 4)  # a strip takes along the rows around it that a 9×9 kernel reaches
         part = Convolution.forward(convolution, x[..., top - above : top + strip + 4, :])
-        if y is None:
+        if top == 0:
             y = part.new_empty(*part.shape[:2], math.ceil(rows * scale), part.shape[-1])
         part = part[..., int(above * scale) : int((above + strip) * scale), :]
         y[..., int(top * scale) : int((top + strip) * scale), :] = part
