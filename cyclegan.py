@@ -188,11 +188,7 @@ class ImagePool:
 
 
 class CycleGAN:
-    """G: X → Y, F: Y → X, D_X and D_Y, with the optimisers and image pools: all that a step changes.
-
-    `args` has blocks, width, lr, beta1, pool_size, lambda_cycle, lambda_identity and seed. With `precision`
-    torch.bfloat16, the networks compute in it.
-    """
+    """G: X → Y, F: Y → X, D_X and D_Y, with the optimisers and image pools: all that a step changes."""
 
     def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32) -> None:
         self.args, self.precision = args, precision
@@ -256,9 +252,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     record = {"args": common.plain(args), "command": shlex.join(command)}
 
     def sample(step: int) -> None:
-        save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), record | {"step": step})
-        for warning in diagnose(gan, x_test, y_test, run.history):
-            print("warning:", warning, file=sys.stderr)
+        save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), record | {"step": step}, run.history)
 
     run = common.Training(args, device, precision, checkpoint, steps, parts, sample, pools, epoch_steps, record)
     # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
@@ -333,7 +327,7 @@ def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") 
     """
     if len(data) > 2:
         raise InputError(f"{len(data)} folders given: name two, or one set")
-    pairs = [(Path(part), None) for part in data]
+    pairs: list[tuple[Path, Path | None]] = [(Path(part), None) for part in data]
     if len(data) == 1:
         root = Path(data[0])
         if not root.is_dir():
@@ -357,13 +351,15 @@ def checkpoint_of(args: Namespace) -> Path:
     return args.output / "checkpoint.pth"
 
 
-def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict) -> None:
-    """Write the epoch's sheet of the test pictures x and y, and what is to be exported."""
+def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict, history: list) -> None:
+    """Write the epoch's sheet of the test pictures x and y, and what is to be exported; print warnings."""
     sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
     common.save_sheet(sample_columns(gan, x, y), sheet, {"command": record["command"]})
     if gan.args.export:
         G, F = ({name: value.half() for name, value in net.state_dict().items()} for net in (gan.G, gan.F))
         common.save_checkpoint(record | {"G": G, "F": F}, gan.args.export)
+    for warning in diagnose(gan, x, y, history):
+        print("warning:", warning, file=sys.stderr)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ that in one pass. It is trained on many photos, so that the same kind of loss be
 
     python johnson.py stylize photo.jpg --model wave
     python johnson.py train --style style.jpg --data photos/ -o style.pth
-    python johnson.py stylize photo.jpg --model style.pth
 
     x    a photo, also the content target y_c    φ  the loss network, VGG    ℓ_feat   mean (φ(ŷ) − φ(y_c))²     Eq. 2
     y_s  the painting, the style target          G  Gram matrices of φ       ℓ_style  Σ (G(ŷ) − G(y_s))²        Eq. 4
@@ -75,13 +74,11 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1, self.in1 = Convolution(channels, channels, 3, pad=pad), norm(channels)
         self.conv2, self.in2 = Convolution(channels, channels, 3, pad=pad), norm(channels)
-        self.cropped = pad == "none"
+        self.inside = slice(2, -2) if pad == "none" else slice(None)  # two unpadded convolutions lose 2 px a side
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.in2(self.conv2(torch.relu_(self.in1(self.conv1(x)))))
-        if self.cropped:
-            x = x[..., 2:-2, 2:-2]  # two convolutions without padding lose 2 px a side
-        return x + y
+        y = torch.relu_(self.in1(self.conv1(x)))
+        return x[..., self.inside, self.inside] + self.in2(self.conv2(y))
 
 
 class TransformNet(nn.Module):
@@ -229,7 +226,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     parts = {"model": f_W, "optimizer": optimizer}
     sample = partial(save_samples, f_W, samples, precision, args.output, record)
     run = common.Training(args, device, precision, checkpoint, args.iterations, parts, sample, record=record)
-    # The paper resizes photos to 256×256. Here they are cropped at random, and keep their proportions.
+    # Photos are cropped at random. The paper resizes them to 256×256.
     for (x,) in run.batches(common.Crops([files], args.image_size, args.image_size, args.seed)):
         optimizer.param_groups[0]["lr"] = args.lr * lr_factor(run.step, args.iterations, args.decay_iterations)
         run.log(step(f_W, objective, optimizer, x))
@@ -254,7 +251,7 @@ def stylize(
     height, width = x.shape[-2:]
     margin = 0 if f_W.linear else MARGIN
     with torch.inference_mode(), autocast(x.device, common.pick_precision(precision, x.device, exact=f_W.linear)):
-        y_hat = run_in_strips(f_W, reflect(x, margin))[..., margin : margin + height, margin : margin + width]
+        y_hat = f_W(reflect(x, margin))[..., margin : margin + height, margin : margin + width]
     return torch.lerp(x, keep_color(y_hat, x) if preserve_color else y_hat, strength)
 
 
@@ -265,31 +262,21 @@ def stylize(
 MODELS = Path(__file__).parent / "models"
 STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this, trained as the README says
 STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
-STRIP = 2**19  # pixels of a feature map that are convolved at a time in `run_in_strips`
-
-
-def run_in_strips(network: TransformNet, x: Tensor) -> Tensor:
-    """Compute network(x) with large maps convolved in strips: copies of whole ones would take 6 GB at 12 megapixels."""
-    scales = {"conv1": 1.0, "conv2": 0.5, "conv3": 0.5, "deconv1": 2.0, "deconv2": 2.0, "deconv3": 1.0}
-    for name, scale in scales.items():
-        getattr(network, name).forward = partial(convolve_strips, getattr(network, name), scale)
-    try:
-        return network(x)
-    finally:
-        for name in scales:
-            delattr(getattr(network, name), "forward")
+STRIP = 2**19  # pixels of a feature map that are convolved at a time in `convolve_strips`
 
 
 def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor:
-    """Convolve x (B, C, H, W) in strips of rows; each row of x makes `scale` rows of the result."""
+    """Convolve x (B, C, H, W) in strips of rows; each row of x makes `scale` rows of the result.
+
+    Copies of whole feature maps, padded and upsampled, would take more than 6 GB for a photo of 12 megapixels.
+    """
     rows, strip = x.shape[-2], max(32, STRIP // int(x.shape[-1] * max(1, scale) ** 2) // 2 * 2)
-    if rows <= strip:
+    if rows <= strip or torch.is_grad_enabled():
         return Convolution.forward(convolution, x)
-    y = None
     for top in range(0, rows, strip):
         above = min(top, 4)  # a strip takes along the rows around it that a 9×9 kernel reaches
         part = Convolution.forward(convolution, x[..., top - above : top + strip + 4, :])
-        if y is None:
+        if top == 0:
             y = part.new_empty(*part.shape[:2], math.ceil(rows * scale), part.shape[-1])
         part = part[..., int(above * scale) : int((above + strip) * scale), :]
         y[..., int(top * scale) : int((top + strip) * scale), :] = part
@@ -324,6 +311,9 @@ def load_network(path: Path) -> TransformNet:
             raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"{path} is no model of johnson.py nor of pytorch/examples' fast_neural_style") from error
+    for name, scale in (("conv1", 1), ("conv2", 0.5), ("conv3", 0.5), ("deconv1", 2), ("deconv2", 2), ("deconv3", 1)):
+        convolution = getattr(network, name)
+        convolution.forward = partial(convolve_strips, convolution, scale)
     return network.eval()
 
 
@@ -365,7 +355,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's output")
     add("--preserve-color", choices=["luminance"], help="keep the photo's colours (default: the painting's)")
     common.add_device_arguments(sub)
-
     usage = "%(prog)s --style PAINTING --data FOLDER -o MODEL.pth [flags]"
     sub = commands.add_parser("train", help="make a model of a style", usage=usage)
     add = sub.add_argument
