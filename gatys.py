@@ -86,7 +86,7 @@ class Objective:
             L_content = L_content + content_loss(F[layer], self.P[layer]) / len(args.content_layers)
         # Gatys Eq. 5:  L_style = Σ_l w_l E_l   (of each style)
         for share, T, A in self.styles:
-            for layer, w_l in zip(args.style_layers, args.style_layer_weights, strict=True):
+            for layer, w_l in zip(args.style_layers, args.style_layer_weights, strict=False):
                 L_style = L_style + share * w_l * style_loss(gram_matrix(F[layer], T[layer]), A[layer])
         if args.tv_weight:
             L_tv = total_variation(x)

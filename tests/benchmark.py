@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cyclegan
 import gatys
 import johnson
-from common import VGG, load_checkpoint, load_image, pick_device, pick_precision
+from common import VGG, load_checkpoint, load_image, pick_device, pick_precision, rescale
 
 EXAMPLES = Path(gatys.__file__).parent / "examples"
 PRECISION = pick_precision("auto", DEVICE := pick_device())
@@ -40,7 +40,7 @@ def gatys_evaluation(size):
     content, style = example("content", size), example("style", size)
     args = gatys.settings(content, [style])
     options = [*args.content_layers, *args.style_layers], "vgg19", "auto", "avg"
-    objective = gatys.Objective(VGG(*options, PRECISION).to(DEVICE), content, [style], args)
+    objective = gatys.Objective(rescale(VGG(*options, PRECISION).to(DEVICE), [content, style]), content, [style], args)
     vgg = VGG(*options).to(DEVICE, memory_format=torch.contiguous_format)
     with torch.no_grad():
         P, S = vgg(content), vgg(style)
