@@ -225,6 +225,7 @@ FORMATS: dict[str, dict[str, Any]] = {  # suffix → Pillow's options for saving
 ANIMATIONS = (".gif", ".webp")
 KEPT = (".png", ".jpg", ".jpeg", ".webp")  # formats that results in a folder keep
 NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
+DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
 HEIC = "pip install pillow-heif reads .heic"
 
 Image.MAX_IMAGE_PIXELS = None  # else Pillow takes large scans for attacks
@@ -531,9 +532,6 @@ def all_finite(state: dict[str, Any]) -> bool:
 
 # --- The command line --------------------------------------------------------------------------------------
 
-socket.setdefaulttimeout(10)  # seconds without an answer, after which a download is given up
-
-
 class HelpFormatter(argparse.HelpFormatter):
     """Show each flag's default."""
 
@@ -712,6 +710,7 @@ def _load_weights(arch: str, weights: str | Path) -> tuple[str, dict[str, Tensor
     path = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name) if weights == "auto" else Path(weights)
     if weights == "auto" and not path.exists():
         try:
+            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             entry.get_state_dict(progress=True, check_hash=True, weights_only=True)  # which writes `path`
         except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a bad proxy, a bad file
             reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"

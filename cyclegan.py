@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import socket
 import sys
 import tempfile
 import time
@@ -226,7 +227,7 @@ class CycleGAN:
     def set_lr(self, lr: float) -> None:
         """Let both optimisers go on with another learning rate."""
         for group in self.optimizer_G.param_groups + self.optimizer_D.param_groups:
-            group["lr"] = lr
+            group["lr"], group["betas"] = lr, (self.args.beta1, 0.999)  # a checkpoint brings those of before
 
 
 def lr_factor(epoch: int, epochs: int, decay_epochs: int) -> float:
@@ -284,7 +285,6 @@ def translate(network: Generator, x: Tensor, precision: str = "auto", exact: boo
 # Nothing below is in the paper: data, samples, files, the command line.
 # ===========================================================================================================
 
-# The authors' archives, at https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/<name>.zip
 SERVER = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
 DATASETS = ("horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "cezanne2photo", "ukiyoe2photo")
 DATASETS += ("vangogh2photo", "maps", "facades", "iphone2dslr_flower", "ae_photos")
@@ -306,13 +306,11 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
         try:
             print(f"downloading {url}", file=sys.stderr)
+            socket.setdefaulttimeout(common.DOWNLOAD_TIMEOUT)
             download_and_extract_archive(url, temporary)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            reason = f"{url} came cut short or damaged ({error}): try again"
-            raise InputError(f"{reason}, or unpack it yourself, to {target}/trainA, trainB, …") from error
-        except (OSError, RuntimeError, HTTPException) as error:
-            reason = f"cannot download {url} ({type(error).__name__}: {getattr(error, 'reason', error)})"
-            raise InputError(f"{reason}: unpack it yourself, to {target}/trainA, trainB, …") from error
+        except (OSError, RuntimeError, HTTPException, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            reason = f"cannot download {url} whole ({type(error).__name__}: {getattr(error, 'reason', error)})"
+            raise InputError(f"{reason}: try again, or unpack it yourself, to {target}/trainA, trainB, …") from error
         if not all((Path(temporary, name) / part).is_dir() for part in ("trainA", "trainB")):
             raise InputError(f"{url} has no folders {name}/trainA and {name}/trainB")
         Path(temporary, name).rename(target)
