@@ -171,7 +171,11 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
             T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
             f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
-        return f.mT @ f / (c * h * w)
+        # Of G = Fᵀ F, the gradient is F (g + gᵀ), as in Gatys Eq. 6: one product, where autograd would take two.
+        G = f.detach().mT @ f
+        if G.requires_grad:
+            G.register_hook(lambda g: g + g.mT)
+        return G / (c * h * w)
 
 
 def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
@@ -531,6 +535,7 @@ def all_finite(state: dict[str, Any]) -> bool:
 
 
 # --- The command line --------------------------------------------------------------------------------------
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Show each flag's default."""
