@@ -58,6 +58,8 @@ def start():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs forkserver")
     context, started = multiprocessing.get_context("forkserver"), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes: with another number of threads, the last digits differ
     context.set_forkserver_preload(["conftest", "torch._dynamo", "matplotlib.pyplot"])  # they take long
 
     def start(*command, processes=1, writes=10**9):
@@ -72,6 +74,7 @@ def start():
         return started[-processes:]
 
     yield start
+    torch.set_num_threads(threads)
     for process in started:
         process.kill()  # pytest would wait for it
 
