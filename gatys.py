@@ -273,8 +273,7 @@ def match_luminance(style: Tensor, content: Tensor) -> Tensor:
     """Turn `style` grey, with the mean and the standard deviation of the luminance of `content`, both (1, 3, h, w)."""
     L_s, L_c = luminance(style), luminance(content)
     # 2017, §5.1:  L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
-    matched = L_c.std() / L_s.std().clamp_min(1e-3) * (L_s - L_s.mean()) + L_c.mean()
-    return matched.clamp(0, 1).expand_as(style)
+    return (L_c.std() / L_s.std().clamp_min(1e-3) * (L_s - L_s.mean()) + L_c.mean()).clamp(0, 1).expand_as(style)
 
 
 def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:

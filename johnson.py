@@ -205,7 +205,7 @@ def lr_factor(iteration: int, iterations: int, decay_iterations: int) -> float:
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W as the command line says (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    checkpoint = checkpoint_of(args)
+    checkpoint = args.output.with_suffix(".checkpoint.pth")
     inputs = [path for path in (args.style, args.data, args.start_from) if path]
     common.claim_outputs([checkpoint, args.output, args.output.with_suffix(".samples.jpg")], inputs, args.resume)
     device = common.pick_device(args.device)
@@ -244,9 +244,8 @@ def stylize(
 ) -> Tensor:
     """Stylise (B, 3, H, W) in [0, 1]; `strength` blends from the input (0) to the network's output (1).
 
-    With `preserve_color`, `luminance`, the result has the colours of the input (Gatys et al. 2017, see `keep_color`).
-    The zero padding of VGG teaches a network to paint a faint frame: a margin takes it, and is cut off. A model of
-    pytorch/examples gives the pixels that it gives there: it has no margin, and `auto` is float32.
+    With `preserve_color` it keeps the input's colours. VGG's zero padding teaches networks to paint a faint
+    frame: a margin takes it. Models of pytorch/examples have none, and `auto` is float32: their pixels are as there.
     """
     height, width = x.shape[-2:]
     margin = 0 if f_W.linear else MARGIN
@@ -283,11 +282,6 @@ def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor
     return y
 
 
-def checkpoint_of(args: Namespace) -> Path:
-    """Name the checkpoint of a training."""
-    return args.output.with_suffix(".checkpoint.pth")
-
-
 @torch.no_grad()
 def save_samples(f_W: TransformNet, x: Tensor, precision: torch.dtype, path: Path, record: dict, step: int) -> None:
     """Write the model with its `record`, in half precision, and a sheet of photos x and what it makes of them."""
@@ -312,8 +306,7 @@ def load_network(path: Path) -> TransformNet:
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"{path} is no model of johnson.py nor of pytorch/examples' fast_neural_style") from error
     for name, scale in (("conv1", 1), ("conv2", 0.5), ("conv3", 0.5), ("deconv1", 2), ("deconv2", 2), ("deconv3", 1)):
-        convolution = getattr(network, name)
-        convolution.forward = partial(convolve_strips, convolution, scale)
+        getattr(network, name).forward = partial(convolve_strips, getattr(network, name), scale)
     return network.eval()
 
 
@@ -344,19 +337,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     argv, number = sys.argv[1:] if argv is None else argv, common.number
     parser = common.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-
     sub = commands.add_parser("stylize", help="stylise pictures", usage="%(prog)s input [input ...] [flags]")
     add = sub.add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
-    models = f"{', '.join(STYLES)}, or a file: of train, or of pytorch/examples"
-    add("--model", type=model_file, default="auvers", help=models)
+    add("--model", type=model_file, default="auvers", help=f"{', '.join(STYLES)}, or a file, also of pytorch/examples")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<model>.png)")
     add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
     add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's output")
     add("--preserve-color", choices=["luminance"], help="keep the photo's colours (default: the painting's)")
     common.add_device_arguments(sub)
-    usage = "%(prog)s --style PAINTING --data FOLDER -o MODEL.pth [flags]"
-    sub = commands.add_parser("train", help="make a model of a style", usage=usage)
+    sub = commands.add_parser("train", help="make a model", usage="%(prog)s --style PAINTING --data FOLDER [flags]")
     add = sub.add_argument
     add("--style", type=Path, required=True, help="painting")
     add("--data", type=Path, required=True, help="folder of photos; searched with all folders in it")
@@ -380,7 +370,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict, or random")
     common.add_training_arguments(sub)
     common.add_device_arguments(sub)
-    args = common.resumed_arguments(parser, argv, checkpoint_of)
+    args = common.resumed_arguments(parser, argv, lambda args: args.output.with_suffix(".checkpoint.pth"))
     if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
         raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
     return args
