@@ -146,7 +146,7 @@ def johnson_claims(size):
 
 
 ROWS = {  # what is measured, the sizes, and that of --quick
-    "gatys-evaluation": (gatys_evaluation, [512, 1024, 2048], 256),
+    "gatys-evaluation": (gatys_evaluation, [512, 1024], 256),
     "johnson-step": (johnson_step, [256], 64),
     "johnson-stylize": (johnson_stylize, [512, 1024, 2048], 256),
     "cyclegan-step": (cyclegan_step, [256], 64),
