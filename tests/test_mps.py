@@ -78,7 +78,7 @@ class OnMps(torch.Tensor):
         op, name = func.overloadpacket, str(func).removeprefix("aten.").removesuffix(".default")
         tensors = [t for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, torch.Tensor)]
         if name in without_kernel():
-            raise NotImplementedError(f"The operator {name} is not currently implemented for the MPS device")
+            raise RuntimeError(f"The operator {name} is not currently implemented for the MPS device")
         if any(t.ndim and not isinstance(t, OnMps) for t in tensors) and op not in (aten.copy_, aten.index):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found mps:0 and cpu")
         if op is aten._adaptive_avg_pool2d and any(n % m for n, m in zip(args[0].shape[-2:], args[1], strict=True)):
