@@ -17,12 +17,10 @@ tell from zebras. What ties a zebra to its horse is the way back, which a second
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import socket
 import sys
 import tempfile
-import time
 import zipfile
 import zlib
 from argparse import Namespace
@@ -201,8 +199,7 @@ class CycleGAN:
         betas = args.beta1, 0.999
         self.optimizer_G = torch.optim.Adam(nn.ModuleList([self.G, self.F]).parameters(), args.lr, betas)
         self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), args.lr, betas)
-        seed = 1000 * args.seed + 2 * common.processes()[0]  # another one for each pool, in each process
-        self.pool_X, self.pool_Y = ImagePool(args.pool_size, seed), ImagePool(args.pool_size, seed + 1)
+        self.pool_X, self.pool_Y = (ImagePool(args.pool_size, 1000 * args.seed + k) for k in range(2))
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Change the networks a little on x and y (B, 3, H, W) in [0, 1]; return the losses before."""
@@ -237,9 +234,8 @@ def lr_factor(epoch: int, epochs: int, decay_epochs: int) -> float:
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
-    checkpoint = checkpoint_of(args)
     inputs = [Path(path) for path in args.data] + [Path("data", path) for path in args.data]  # data/: downloaded sets
-    common.claim_outputs([path for path in (checkpoint, args.export) if path], inputs, args.resume)
+    common.check_outputs(outputs_of(args), inputs)
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
@@ -248,21 +244,21 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     torch.manual_seed(args.seed)
     gan = CycleGAN(args, device, precision)
-    parts = {name: getattr(gan, name) for name in ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D")}
-    pools = {"pools": [gan.pool_X, gan.pool_Y]}
+    parts = ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pool_X", "pool_Y")
     record = {"args": common.plain(args), "command": shlex.join(command)}
 
     def sample(step: int) -> None:
         save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), record | {"step": step}, run.history)
 
-    run = common.Training(args, device, precision, checkpoint, steps, parts, sample, pools, epoch_steps, record)
+    changing = {name: getattr(gan, name) for name in parts}
+    run = common.Training(args, device, precision, outputs_of(args)[0], steps, changing, sample, record, epoch_steps)
     # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
     for x, y in run.batches(common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
         epoch = run.step // epoch_steps
         lr = args.lr * lr_factor(epoch, args.epochs, args.decay_epochs)
         gan.set_lr(lr)
         run.log({"epoch": epoch + 1, "lr": lr} | gan.step(x, y))
-    print(checkpoint)
+    print(outputs_of(args)[0])
 
 
 # --- Translating -------------------------------------------------------------------------------------------
@@ -298,8 +294,6 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     InputError if the server cannot be reached, or the archive is cut short or damaged.
     """
     target, url = folder / name, f"{SERVER}/{name}.zip"
-    while int(os.environ.get("LOCAL_RANK", 0)) and not target.is_dir():
-        time.sleep(1)  # until the first process of torchrun has it; if that fails, torchrun ends this one
     if target.is_dir():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -344,9 +338,9 @@ def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") 
     return result
 
 
-def checkpoint_of(args: Namespace) -> Path:
-    """Name the checkpoint of a training."""
-    return args.output / "checkpoint.pth"
+def outputs_of(args: Namespace) -> list[Path]:
+    """Name the files of a training that another must not replace, the checkpoint first."""
+    return [args.output / "checkpoint.pth", *([args.export] if args.export else [])]
 
 
 def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict, history: list) -> None:
@@ -403,7 +397,7 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
         blocks = sum(name.endswith("conv_block.1.weight") for name in weights)
         network = Generator(blocks, width=len(weights["model.1.weight"]))
         network.load_state_dict({name: value.float() for name, value in weights.items()})
-        load_size = state.get("args", state.get("settings", {})).get("load_size")
+        load_size = state.get("args", state.get("settings", {})).get("load_size")  # "settings": of older files
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise InputError(f"{path} is no model of cyclegan.py, nor a generator of its authors' code") from error
     if not common.all_finite(network.state_dict()):
@@ -425,7 +419,7 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
         return translate(network, image.to(device), args.precision, facts.authors)
 
     metadata = common.provenance(command, model=model.name)
-    common.transform_files(args.inputs, args.output, args.direction, transform, args.image_size, metadata, shorter)
+    common.transform_files(args, args.direction, transform, metadata, shorter)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -436,7 +430,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     usage = "%(prog)s DIR [DIR] -o FOLDER [flags]"
     sub = commands.add_parser("train", help="learn from two sets of pictures", usage=usage)
-    sub.set_defaults(run=train)
     add = sub.add_argument
     data = "two folders, X and Y, searched with all folders in them; or one with trainA and trainB; or the name of one "
     data += f"of the authors' sets, which is downloaded into data/: {', '.join(DATASETS)}"
@@ -461,7 +454,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     common.add_device_arguments(sub)
 
     sub = commands.add_parser("translate", help="translate pictures", usage="%(prog)s input [input ...] [flags]")
-    sub.set_defaults(run=translate_files)
     add = sub.add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
     add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
@@ -470,7 +462,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     size = "longer side of the result, in px (default: the shorter side as in training, or the input's own size)"
     add("--image-size", type=number(int, 1, 65536), help=size)
     common.add_device_arguments(sub)
-    args = common.resumed_arguments(parser, argv, checkpoint_of)
+    args = common.parse_args(parser, argv, outputs_of)
     if args.command == "train":
         complete_sizes(args)
     return args
@@ -495,7 +487,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with common.one_line_errors():
         args = parse_args(argv)
-        args.run(args, ["python", "cyclegan.py", *argv])
+        {"train": train, "translate": translate_files}[args.command](args, ["python", "cyclegan.py", *argv])
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--save-mask", action="store_true", help="write what is protected to <output>_mask.png")
     add("--pooling", choices=["avg", "max"], default="avg", help="the paper's is avg")
     add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="the paper's is vgg19; it needs no download")
-    add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict, or random")
+    add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict")
     add("--save-gif", action="store_true", help="write the optimisation as an animation, <output>.gif")
     add("--save-all", action="store_true", help="write the picture of every step to <output>_frames/")
     add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, .png")
@@ -370,7 +370,7 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
     """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black or transparent, to 1, white."""
-    mask = luminance(load_image(path, None, center_crop, background="black"))
+    mask = luminance(load_image(path, None, center_crop, matte="black"))
     if mask.max() - mask.min() < 0.1:
         print(f"warning: the mask {path} has no contrast: it is {mask.mean():.0%} white everywhere", file=sys.stderr)
     return mask
@@ -421,7 +421,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     bar = tqdm(paint(*prepare_colors(content, styles, args), args), total=steps, unit="step")
     try:
         for step, (picture, terms) in enumerate(bar, 1):
-            history.append([step, *terms.values()])
+            history.append({"step": step, **terms})
             if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
                 best, best_step, losses = picture, step, terms
             bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
@@ -441,7 +441,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=text)
     common.save_image(finish(best, content, args), args.output, record)
     if args.save_losses:
-        common.save_losses(["step", *losses], history, extras["_losses.csv"])
+        common.save_losses(history, extras["_losses.csv"])
     if args.save_gif:
         fade = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
         shown = [(frame, 100.0) for frame in [*fade, *frames[1:]]]

@@ -205,9 +205,7 @@ def lr_factor(iteration: int, iterations: int, decay_iterations: int) -> float:
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W as the command line says (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    checkpoint = args.output.with_suffix(".checkpoint.pth")
-    inputs = [path for path in (args.style, args.data, args.start_from) if path]
-    common.claim_outputs([checkpoint, args.output, args.output.with_suffix(".samples.jpg")], inputs, args.resume)
+    common.check_outputs(outputs_of(args), [path for path in (args.style, args.data, args.start_from) if path])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     samples, files = common.hold_out(common.find_images(args.data), args.image_size)
@@ -215,8 +213,6 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     torch.manual_seed(args.seed)
     f_W = load_network(args.start_from) if args.start_from else TransformNet(args.norm, args.upsample, args.padding)
-    if f_W.architecture["norm"] == "batch" and common.processes()[1] > 1:
-        raise InputError("batch norm looks at a whole batch: choose --norm instance, or one process")
     f_W.to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
     vgg = VGG([args.content_layer, *args.style_layers], args.vgg, args.vgg_weights, precision=precision).to(device)
@@ -225,7 +221,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     record = {"architecture": f_W.architecture, "args": common.plain(args), "command": shlex.join(command)}
     parts = {"model": f_W, "optimizer": optimizer}
     sample = partial(save_samples, f_W, samples, precision, args.output, record)
-    run = common.Training(args, device, precision, checkpoint, args.iterations, parts, sample, record=record)
+    run = common.Training(args, device, precision, outputs_of(args)[0], args.iterations, parts, sample, record)
     # Photos are cropped at random. The paper resizes them to 256×256.
     for (x,) in run.batches(common.Crops([files], args.image_size, args.image_size, args.seed)):
         optimizer.param_groups[0]["lr"] = args.lr * lr_factor(run.step, args.iterations, args.decay_iterations)
@@ -282,6 +278,11 @@ def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor
     return y
 
 
+def outputs_of(args: Namespace) -> list[Path]:
+    """Name the files of a training that another must not replace, the checkpoint first."""
+    return [args.output.with_suffix(suffix) for suffix in (".checkpoint.pth", args.output.suffix, ".samples.jpg")]
+
+
 @torch.no_grad()
 def save_samples(f_W: TransformNet, x: Tensor, precision: torch.dtype, path: Path, record: dict, step: int) -> None:
     """Write the model with its `record`, in half precision, and a sheet of photos x and what it makes of them."""
@@ -320,8 +321,7 @@ def stylize_files(args: Namespace, command: Sequence[str]) -> None:
     def transform(image: Tensor) -> Tensor:
         return stylize(network, image.to(device), args.strength, args.precision, args.preserve_color)
 
-    metadata = common.provenance(command, model=args.model.name)
-    common.transform_files(args.inputs, args.output, args.model.stem, transform, args.image_size, metadata)
+    common.transform_files(args, args.model.stem, transform, common.provenance(command, model=args.model.name))
 
 
 def model_file(name: str) -> Path:
@@ -367,10 +367,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--padding", choices=["reflect", "start"], default="reflect", help="the paper's is start")
     add("--vgg", choices=["auto", "vgg16", "vgg19"], default="auto", help="the paper's is vgg16; auto: else vgg19")
-    add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict, or random")
+    add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict")
     common.add_training_arguments(sub)
     common.add_device_arguments(sub)
-    args = common.resumed_arguments(parser, argv, lambda args: args.output.with_suffix(".checkpoint.pth"))
+    args = common.parse_args(parser, argv, outputs_of)
     if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
         raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
     return args
