@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import PIL
 import torch
 import torchvision
-from PIL import Image, ImageCms, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageFilter, ImageOps, ImageSequence, ImageStat
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -189,7 +189,8 @@ def keep_color(image: Tensor, photo: Tensor) -> Tensor:
 
 JPEG = {"quality": 95, "subsampling": 0}  # Pillow's options for saving
 FORMATS: dict[str, Any] = {".png": {}, ".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}, ".tif": {}, ".tiff": {}}
-ANIMATIONS = (".gif", ".webp")
+ANIMATIONS = (".gif", ".webp", ".png")
+FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many: they stand in a damaged header, rather than in a scan
@@ -199,17 +200,18 @@ with suppress(ImportError):
 
 def load_image(path: str | Path, *options: Any, **named: Any) -> Tensor:
     """Read an image file as (1, 3, H, W), with the options of `load_frames`; of an animation, the first frame."""
-    return next(load_frames(path, *options, **named))[0]
+    return next(load_frames(path, *options, **named))[0][:, :3]
 
 
 def load_frames(
-    path: str | Path, size: int | None = 0, center_crop: bool = False, shorter: int | None = 0, matte: str = "white"
+    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
 ) -> Iterator[tuple[Tensor, float]]:
     """Read the frames of an image file of any kind, each (1, 3, H, W) sRGB in [0, 1] with its time in ms.
 
-    Most files have one frame. EXIF orientation is applied, an ICC profile converted to sRGB, transparency laid over
-    `matte`. `size` is the longer side in px, `shorter` the shorter one; without them the file's own size is kept.
-    `center_crop` keeps only the central square. InputError if the file is missing, no image, or damaged.
+    Most files have one frame. Transparent ones are (1, 4, H, W): the last channel is α, from 0, transparent, to 1. EXIF
+    orientation is applied, an ICC profile converted to sRGB. `size` is the longer side in px, `shorter` the other one;
+    without them the own size is kept. `center_crop` keeps only the central square. InputError if the file is
+    missing, no image, damaged, or if nothing in it is opaque.
     """
     try:
         with Image.open(path) as file:
@@ -220,26 +222,38 @@ def load_frames(
                 milliseconds = image.info.get("duration", 100)
                 with suppress(Exception):  # broken EXIF data do no harm to the pixels
                     image = ImageOps.exif_transpose(image)
-                image = _to_srgb(image, matte)
+                alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+                image = _to_srgb(image)
+                if alpha:
+                    image.putalpha(alpha)
                 if center_crop:
                     image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
                 if size or shorter:
                     scale = size / max(image.size) if size else shorter / min(image.size)
                     image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+                if alpha and not alpha.getextrema()[1] and getattr(file, "n_frames", 1) == 1:
+                    raise InputError("nothing in it is opaque")
                 yield to_tensor(image).unsqueeze(0), milliseconds
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        reason = f"cannot read {path} as an image ({type(error).__name__})"
-        raise InputError(f"{reason}: is it there, an image, and whole? (.heic: pip install pillow-heif)") from error
+        reason = error if isinstance(error, InputError) else type(error).__name__
+        frames = dict.fromkeys(FILMS, f"take a film apart, as by ffmpeg -i {path} frames/%05d.png")
+        advice = {".heic": "pip install pillow-heif"} | frames
+        what = advice.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
+        raise InputError(f"cannot read {path} as an image ({reason}): {what}") from error
 
 
-def _to_srgb(image: Image.Image, matte: str) -> Image.Image:
+def _to_srgb(image: Image.Image) -> Image.Image:
     profile = io.BytesIO(image.info.get("icc_profile") or b"")
     if image.mode[0] in "IF":  # grey of 16 or 32 bits, or of floats: convert("L") would clip, not scale
         white = 1 if image.mode == "F" else 65535
         image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
-    if image.has_transparency_data:
+    if image.has_transparency_data:  # colours go on into what is transparent, so that none that is not seen bleeds
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, matte), image)
+        mean = ImageStat.Stat(image.convert("RGB"), image.getchannel("A")).mean
+        layers = Image.new("RGBA", image.size, tuple(map(round, mean)))
+        for radius in (64, 16, 4):  # "RGBa" is premultiplied by α
+            layers.alpha_composite(image.convert("RGBa").filter(ImageFilter.BoxBlur(radius)).convert("RGBA"))
+        image = Image.alpha_composite(layers, image)
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     with suppress(ImageCms.PyCMSError, OSError):  # no profile, a broken one, or for other channels
@@ -249,26 +263,28 @@ def _to_srgb(image: Image.Image, matte: str) -> Image.Image:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Round (1, 3, H, W) or (3, H, W), clamped to [0, 1], to bytes."""
+    """Round (1, C, H, W) or (C, H, W), clamped to [0, 1], to bytes; C is 3, or 4 with α."""
     pixels = image.detach().reshape(-1, *image.shape[-2:]).float().clamp(0, 1).mul(255).round()
     return to_pil_image(pixels.byte().cpu())
 
 
 def save_image(image: Tensor, path: str | Path, metadata: dict[str, object] | None = None) -> None:
-    """Write (1, 3, H, W) or (3, H, W), clamped to [0, 1], as the suffix says; `metadata` becomes EXIF's description."""
+    """Write (1, 3, H, W), or 4 channels with α, clamped to [0, 1], as the suffix says; `metadata` become EXIF data."""
     exif, text = Image.Exif(), "; ".join(f"{key}: {value}" for key, value in (metadata or {}).items())
     exif[0x010E] = text.encode("utf-8", "backslashreplace").decode()[:60_000]  # all of EXIF holds 64 KiB
     _save(to_pil(image), Path(path), exif=exif)
 
 
 def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
-    """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF or WebP that repeats for ever."""
+    """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF, WebP or PNG that repeats for ever."""
     images, times = zip(*((to_pil(image), time) for image, time in frames), strict=True)
     _save(images[0], path, save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
 def _save(image: Image.Image, path: Path, **options: Any) -> None:
     data, suffix = io.BytesIO(), path.suffix.lower()  # into memory first: Pillow does not notice a full disk
+    if image.mode == "RGBA" and suffix in (".jpg", ".jpeg"):  # which hold no transparency: over white
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     try:
         image.save(data, Image.registered_extensions()[suffix], **FORMATS.get(suffix, {}), **options)
     except (KeyError, ValueError, OSError) as error:  # such as more pixels than the format can hold
@@ -376,7 +392,7 @@ def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[
 
 
 def is_animation(path: Path) -> bool:
-    """Tell whether a file is a GIF or WebP of several frames."""
+    """Tell whether a file is a GIF, WebP or PNG of several frames."""
     with suppress(Exception), Image.open(path) as file:
         return path.suffix.lower() in ANIMATIONS and file.n_frames > 1
     return False
@@ -386,10 +402,16 @@ def transform_files(
     args: Namespace, tag: str, transform: Callable[[Tensor], Tensor], metadata: dict, shorter: int | None = None
 ) -> None:
     """Write `transform` of all args.inputs. Of several, one that fails is passed over, and the exit status is 1."""
+
+    def result(image: Tensor) -> Tensor:
+        """Leave α, and what is of one colour: instance norm would turn black and white into the same grey."""
+        flat = bool((image == image[..., :1, :1]).all())
+        return torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
+
     pairs, failed = plan_outputs(args.inputs, args.output, tag), 0
     for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
         try:
-            frames = ((transform(image), time) for image, time in load_frames(source, args.image_size, shorter=shorter))
+            frames = ((result(image), time) for image, time in load_frames(source, args.image_size, shorter=shorter))
             if is_animation(source) and target.suffix.lower() in ANIMATIONS:
                 save_animation(frames, target)
             else:
@@ -476,9 +498,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]]
+    parser: argparse.ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]], older: dict
 ) -> Namespace:
-    """Parse a subcommand. With --resume, what it does not say is as in the checkpoint, the first of its outputs."""
+    """Parse a subcommand. With --resume, what it does not say is as in the checkpoint, the first of its outputs.
+
+    `older` are flags that checkpoints did not always have, with what was done then.
+    """
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
     if not argv or argv[0] not in commands:
         parser.parse_args(argv)  # which shows the help, or says what is wrong
@@ -488,7 +513,7 @@ def parse_args(
         return args
     if not args.resume or not found[0].name.endswith("checkpoint.pth"):
         raise InputError(f"{found[0]} exists: continue that training with --resume, or choose another --output")
-    before = load_checkpoint(found[0]).get("args", {})
+    before = older | load_checkpoint(found[0]).get("args", {})
     before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
     commands[argv[0]].set_defaults(**before)
     now = plain(args := parse(argv[1:], Namespace(command=argv[0])))

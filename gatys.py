@@ -28,7 +28,7 @@ from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 import common
-from common import VGG, InputError, gram_matrix, keep_color, load_image, luminance, pool_mask, rescale
+from common import VGG, InputError, gram_matrix, keep_color, load_frames, load_image, luminance, pool_mask, rescale
 
 CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
@@ -370,7 +370,8 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
     """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black or transparent, to 1, white."""
-    mask = luminance(load_image(path, None, center_crop, matte="black"))
+    image, _ = next(load_frames(path, None, center_crop))
+    mask = torch.cat([luminance(image[:, :3]), image[:, 3:]], dim=1).prod(1, keepdim=True)  # α may be absent
     if mask.max() - mask.min() < 0.1:
         print(f"warning: the mask {path} has no contrast: it is {mask.mean():.0%} white everywhere", file=sys.stderr)
     return mask

@@ -370,7 +370,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--vgg-weights", default="auto", metavar="FILE", help="torchvision state dict")
     common.add_training_arguments(sub)
     common.add_device_arguments(sub)
-    args = common.parse_args(parser, argv, outputs_of)
+    args = common.parse_args(parser, argv, outputs_of, {})
     if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
         raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
     return args
