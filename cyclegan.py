@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets.utils import download_and_extract_archive
 
 import common
@@ -45,6 +46,15 @@ class Reflect(nn.ReflectionPad2d):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
+
+
+class Upsample(nn.Conv2d):
+    """Repeat every pixel, then convolve: a transposed convolution leaves checkerboards (Odena et al. 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = nnf.pad(nnf.interpolate(x, scale_factor=2, mode="nearest"), [1] * 4, mode="reflect")
+        return super().forward(x)
 
 
 class Residual(nn.Module):
@@ -64,21 +74,21 @@ class Residual(nn.Module):
 class Generator(nn.Module):
     """G or F: c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3 (§7.2), with instance norm.
 
-    It has 9 `blocks`, or 6 for pictures of 128 px, and `width` channels in the first layer. Layers have the positions
-    that they have in the authors' PyTorch code, whose models load as they are.
+    It has 9 `blocks`, or 6 for pictures of 128 px, and `width` channels in the first layer. The paper has `transposed`
+    convolutions in u128 and u64. Layers have the positions of the authors' PyTorch code, whose models load as they are.
     """
 
-    def __init__(self, blocks: int = 9, width: int = 64) -> None:
+    def __init__(self, blocks: int = 9, width: int = 64, transposed: bool = True) -> None:
         super().__init__()
-        w = width
-        up = {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
+        w, options = width, {"stride": 2, "padding": 1, "output_padding": 1} if transposed else {}
+        Up: type[nn.Module] = nn.ConvTranspose2d if transposed else Upsample
         self.model = nn.Sequential(
             *[Reflect(3), nn.Conv2d(3, w, 7), nn.InstanceNorm2d(w), nn.ReLU(inplace=True)],  # c7s1-64
             *[nn.Conv2d(w, 2 * w, 3, 2, 1), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True)],  # d128
             *[nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.InstanceNorm2d(4 * w), nn.ReLU(inplace=True)],  # d256
             *[Residual(4 * w) for _ in range(blocks)],  # R256
-            *[nn.ConvTranspose2d(4 * w, 2 * w, **up), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True)],  # u128
-            *[nn.ConvTranspose2d(2 * w, w, **up), nn.InstanceNorm2d(w), nn.ReLU(inplace=True)],  # u64
+            *[Up(4 * w, 2 * w, 3, **options), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True)],  # u128
+            *[Up(2 * w, w, 3, **options), nn.InstanceNorm2d(w), nn.ReLU(inplace=True)],  # u64
             *[Reflect(3), nn.Conv2d(w, 3, 7), nn.Tanh()],  # c7s1-3
         )
         self.apply(initialize)
@@ -191,10 +201,13 @@ class CycleGAN:
 
     def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32) -> None:
         self.args, self.precision = args, precision
-        self.G = Generator(args.blocks, args.width).to(device)
-        self.F = Generator(args.blocks, args.width).to(device)
-        self.D_X = PatchDiscriminator(args.width).to(device)
-        self.D_Y = PatchDiscriminator(args.width).to(device)
+        G, F = (Generator(args.blocks, args.width, args.upsample == "transposed") for _ in "GF")
+        networks = {"G": G, "F": F, "D_X": PatchDiscriminator(args.width), "D_Y": PatchDiscriminator(args.width)}
+        networks |= load_networks(args.start_from, args.upsample) if args.start_from else {}
+        self.G, self.F, self.D_X, self.D_Y = (networks[name].to(device).train() for name in ("G", "F", "D_X", "D_Y"))
+        # Pictures are shown, and models exported, with weights that are averaged over the steps. The paper has no such.
+        average = get_ema_multi_avg_fn(args.ema)
+        self.G_ema, self.F_ema = (AveragedModel(network, multi_avg_fn=average) for network in (self.G, self.F))
         self.discriminators = nn.ModuleList([self.D_X, self.D_Y])
         betas = args.beta1, 0.999
         self.optimizer_G = torch.optim.Adam(nn.ModuleList([self.G, self.F]).parameters(), args.lr, betas)
@@ -210,6 +223,8 @@ class CycleGAN:
         self.optimizer_G.zero_grad()
         losses["total"].backward()
         self.optimizer_G.step()
+        self.G_ema.update_parameters(self.G)  # w_ema ← ema · w_ema + (1 − ema) · w
+        self.F_ema.update_parameters(self.F)
 
         # … then D_X and D_Y, on real pictures and on what the pools return for F(y) and G(x).
         self.discriminators.requires_grad_(True)
@@ -234,7 +249,8 @@ def lr_factor(epoch: int, epochs: int, decay_epochs: int) -> float:
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
-    inputs = [Path(path) for path in args.data] + [Path("data", path) for path in args.data]  # data/: downloaded sets
+    inputs = [Path(folder, path) for path in args.data for folder in (".", "data")]  # data/: downloaded sets
+    inputs += map(Path, args.start_from or ())
     common.check_outputs(outputs_of(args), inputs)
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
@@ -244,7 +260,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     torch.manual_seed(args.seed)
     gan = CycleGAN(args, device, precision)
-    parts = ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pool_X", "pool_Y")
+    parts = ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pool_X", "pool_Y", "G_ema", "F_ema")
     record = {"args": common.plain(args), "command": shlex.join(command)}
 
     def sample(step: int) -> None:
@@ -348,7 +364,10 @@ def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict, 
     sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
     common.save_sheet(sample_columns(gan, x, y), sheet, {"command": record["command"]})
     if gan.args.export:
-        G, F = ({name: value.half() for name, value in net.state_dict().items()} for net in (gan.G, gan.F))
+        G, F = (
+            {name: value.half() for name, value in net.state_dict().items()}
+            for net in (gan.G_ema.module, gan.F_ema.module)
+        )
         common.save_checkpoint(record | {"G": G, "F": F}, gan.args.export)
     for warning in diagnose(gan, x, y, history):
         print("warning:", warning, file=sys.stderr)
@@ -357,7 +376,7 @@ def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict, 
 @torch.no_grad()
 def sample_columns(gan: CycleGAN, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Show what the generators make of test pictures x and y, under the names of the paper."""
-    G, F = gan.G, gan.F
+    G, F = gan.G_ema, gan.F_ema
     with autocast(x.device, gan.precision):
         G_x, F_y = G(x), F(y)
         there = {"x": x, "G(x)": G_x, "F(G(x))": F(G_x), "F(x)": F(x)}
@@ -368,7 +387,7 @@ def sample_columns(gan: CycleGAN, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def diagnose(gan: CycleGAN, x: Tensor, y: Tensor, history: Sequence[dict[str, float]]) -> list[str]:
     """Find what went wrong, from what the generators make of test pictures and the last 20 losses of D_X and D_Y."""
     found = []
-    for name, net, image in (("G", gan.G, x), ("F", gan.F, y)):
+    for name, net, image in (("G", gan.G_ema, x), ("F", gan.F_ema, y)):
         made = net(image)
         light, dark = (picture.mean(1).flatten() for picture in (image, made))
         if distance(made, image) < 0.02:
@@ -390,12 +409,17 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
     state = common.load_checkpoint(path)
     authors = "G" not in state  # a plain state dict
     if authors and direction == "y2x" and "model.1.weight" in state:
-        raise InputError(f"{path} holds one generator: leave out --direction")
+        raise InputError(f"{path} holds one generator, of one direction: name the file of the other one")
     try:
-        weights = state if authors else state["G" if direction == "x2y" else "F"]
-        weights = {name: value for name, value in weights.items() if "running_" not in name}  # of older files, unused
-        blocks = sum(name.endswith("conv_block.1.weight") for name in weights)
-        network = Generator(blocks, width=len(weights["model.1.weight"]))
+        name = "G" if direction == "x2y" else "F"
+        weights = state if authors else state.get(f"{name}_ema", state[name])
+        # Not used are statistics, of older files. With dropout, a block's second convolution has another place.
+        weights = {name.removeprefix("module."): value for name, value in weights.items() if "running_" not in name}
+        weights = {name.replace("conv_block.6.", "conv_block.5."): value for name, value in weights.items()}
+        weights.pop("n_averaged", None)
+        blocks, width = sum(name.endswith("conv_block.1.weight") for name in weights), len(weights["model.1.weight"])
+        transposed = len(weights[f"model.{10 + blocks}.weight"]) == 4 * width  # its weight has the inputs first
+        network = Generator(blocks, width, transposed)
         network.load_state_dict({name: value.float() for name, value in weights.items()})
         load_size = state.get("args", state.get("settings", {})).get("load_size")  # "settings": of older files
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
@@ -403,6 +427,28 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
     if not common.all_finite(network.state_dict()):
         raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
     return network.eval(), Namespace(authors=authors, load_size=load_size)
+
+
+def load_networks(files: Sequence[str], upsample: str) -> dict[str, nn.Module]:
+    """Read networks to train on: of a file that `train` has written, or G and F, one file each, of the authors' code.
+
+    A file without discriminators returns none. With `upsample` nearest, transposed convolutions are replaced: their
+    weights are those of a convolution, turned by 180°, with zeros between the pixels instead of repeated ones.
+    """
+    paths = [Path(name) for name in files]
+    direction = "y2x" if len(paths) == 1 else "x2y"
+    networks: dict[str, nn.Module] = {"G": load_generator(paths[0])[0], "F": load_generator(paths[-1], direction)[0]}
+    for network in networks.values() if upsample == "nearest" else ():
+        for i, layer in enumerate(network.model):
+            if isinstance(layer, nn.ConvTranspose2d):
+                network.model[i] = Upsample(layer.in_channels, layer.out_channels, 3)
+                weight = layer.weight.transpose(0, 1).flip(2, 3)
+                network.model[i].load_state_dict({"weight": weight, "bias": layer.bias})
+    state = common.load_checkpoint(paths[0])
+    for name in {"D_X", "D_Y"} & state.keys():
+        networks[name] = PatchDiscriminator(len(state[name]["model.0.weight"]))
+        networks[name].load_state_dict(state[name])
+    return networks
 
 
 def translate_files(args: Namespace, command: Sequence[str]) -> None:
@@ -449,6 +495,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--crop-size", type=number(int, 32, 65536), default=256, help="side of the training crops, in px")
     add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 for crops up to 128 px)")
     add("--width", type=number(int, 1, 4096), default=64, help="channels of the networks' first layer")
+    upsample = "how G and F make pictures larger; the paper's is transposed"
+    add("--upsample", choices=["nearest", "transposed"], default="nearest", help=upsample)
+    add("--ema", type=number(most=1), default=0.999, help="averages G and F for samples and export; the paper's is 0")
+    models = "go on from its weights: one that this has made, or two of the authors' code, X → Y and Y → X"
+    add("--start-from", nargs="+", metavar="MODEL", help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
     common.add_training_arguments(sub)
     common.add_device_arguments(sub)
@@ -462,7 +513,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     size = "longer side of the result, in px (default: the shorter side as in training, or the input's own size)"
     add("--image-size", type=number(int, 1, 65536), help=size)
     common.add_device_arguments(sub)
-    args = common.parse_args(parser, argv, outputs_of)
+    args = common.parse_args(parser, argv, outputs_of, {"upsample": "transposed", "ema": 0.0})
     if args.command == "train":
         complete_sizes(args)
     return args
