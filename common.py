@@ -167,6 +167,20 @@ def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = ()) 
             raise InputError(f"not a float tensor (1, {channels}, H, W) with values from 0 to 1: {got}")
 
 
+def check_memory(x: Tensor, bytes_a_pixel: int) -> None:
+    """Raise InputError if images (B, 3, H, W) need more memory than there is: Linux would end the program."""
+    memory, need = math.inf, bytes_a_pixel * x[:, 0].numel()
+    if x.is_cuda:
+        memory = torch.cuda.get_device_properties(x.device).total_memory
+    elif hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > memory:
+        size, longer = f"{x.shape[-1]}×{x.shape[-2]} px", int(max(x.shape[-2:]) * (memory / need) ** 0.5)
+        raise InputError(
+            f"out of memory: {size} take about {need / 1e9:.0f} GB; a longer side of {longer} px would fit"
+        )
+
+
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
 
 

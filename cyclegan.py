@@ -285,6 +285,7 @@ def translate(network: Generator, x: Tensor, precision: str = "auto", exact: boo
     height, width = x.shape[-2:]
     if min(height, width) < 5:
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
+    common.check_memory(x, 15 * network.model[1].out_channels)
     # Multiples of 4; and 8 at least, as the residual blocks need 2 px at a quarter of the size.
     right, below = (max(8, math.ceil(side / 4) * 4) - side for side in (width, height))
     padded = nnf.pad(x, (0, right, 0, below), mode="reflect")

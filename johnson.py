@@ -243,6 +243,7 @@ def stylize(
     With `preserve_color` it keeps the input's colours. VGG's zero padding teaches networks to paint a faint
     frame: a margin takes it. Models of pytorch/examples have none, and `auto` is float32: their pixels are as there.
     """
+    common.check_memory(x, 300)
     height, width = x.shape[-2:]
     margin = 0 if f_W.linear else MARGIN
     with torch.inference_mode(), autocast(x.device, common.pick_precision(precision, x.device, exact=f_W.linear)):
