@@ -557,7 +557,9 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
-        message = str(error).split("\n")[-1].removeprefix("common.InputError: ")  # of a worker's: not its traceback
+        message = (
+            str(error).strip().split("\n")[-1].removeprefix("common.InputError: ")
+        )  # of a worker's: not its traceback
         if out_of_memory(error):
             message = "out of memory: choose a smaller size, or batch, or --workers 0"
         elif isinstance(error, RuntimeError):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import common
 import cyclegan
@@ -94,3 +95,9 @@ def equal(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+def provenance(path):
+    """Read what a picture tells of how it was made, as one text."""
+    with Image.open(path) as picture:
+        return picture.getexif()[0x010E]

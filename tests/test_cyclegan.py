@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import run, save_noise
+from conftest import equal, run, save_noise
 from test_equations import gan
 from torch import nn
 
@@ -105,7 +105,7 @@ def test_warnings_name_the_remedy():
         (lambda x: x + 0.005, lambda x: x / 2, good, "G.*identity"),
         (lambda x: x / 2, lambda x: 1 - x, good, "F.*light into dark"),
     ):
-        ours.G, ours.F = G, F
+        ours.G_ema, ours.F_ema = G, F
         assert re.fullmatch(f"{wanted}.*" if wanted else "", " ".join(cyclegan.diagnose(ours, x, x, history)))
 
 
@@ -137,9 +137,9 @@ def test_what_a_training_leaves(folders, monkeypatch):
     assert whole["optimizer_D"]["param_groups"][0]["betas"] == (0.9, 0.999)
     for model, precision in (("new/small.pth", torch.half), ("new/run/checkpoint.pth", torch.float)):
         assert all(value.dtype == precision for value in common.load_checkpoint(Path(model))["G"].values())
-        for direction, name in (("x2y", "G"), ("y2x", "F")):
+        for direction, name in (("x2y", "G_ema"), ("y2x", "F_ema")):
             for key, value in load_generator(Path(model), direction)[0].state_dict().items():
-                assert torch.equal(value, whole[name][key].to(precision).float())
+                assert torch.equal(value, whole[name]["module." + key].to(precision).float())
 
 
 def test_test_folders_are_used_for_the_samples(folders):
@@ -202,3 +202,64 @@ def test_pictures_are_translated_at_the_size_of_training():
         assert load_image("made.png").shape == (1, 3, *shape)
     run(f"{command} in -o out")
     assert [str(path) for path in common.find_images(Path("out"))] == ["out/b.png", "out/deep/a.png"]
+
+
+# --- Going on from a model ---------------------------------------------------------------------------------
+
+
+def test_nearest_upsampling_repeats_pixels():
+    """And a transposed convolution's weights, turned by 180°, serve: of a constant they make the same interior."""
+    transposed = nn.ConvTranspose2d(3, 2, 3, 2, 1, output_padding=1)
+    up = cyclegan.Upsample(3, 2, 3)
+    x = torch.rand(1, 3, 5, 4)
+    repeated = x.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    padded = nn.functional.pad(repeated, [1] * 4, mode="reflect")
+    assert torch.allclose(up(x), nn.functional.conv2d(padded, up.weight, up.bias), atol=1e-6)
+    spread = torch.zeros(1, 3, 10, 8)
+    spread[..., ::2, ::2] = x  # zeros between pixels
+    weight = transposed.weight.transpose(0, 1).flip(2, 3)
+    expected = nn.functional.conv2d(spread, weight, transposed.bias, padding=1)
+    assert torch.allclose(transposed(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("upsample", ["transposed", "nearest"])
+def test_a_training_goes_on_from_a_model(upsample):
+    """Its own with discriminators, an exported one without, or two of the authors', one for each direction."""
+    save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")
+    run("cyclegan.py train x y -o a --export a/m.pth", "--upsample", upsample, "--ema", 0)
+    state = common.load_checkpoint(Path("a/checkpoint.pth"))
+    for name in "GF":
+        torch.save(state[name], f"{name}.pth")
+    for files in (["a/checkpoint.pth"], ["a/m.pth"], ["G.pth", "F.pth"]):
+        networks = cyclegan.load_networks(files, upsample)
+        assert networks.keys() == ({"G", "F", "D_X", "D_Y"} if "checkpoint" in files[0] else {"G", "F"})
+        for name, network in networks.items():
+            for key, value in network.state_dict().items():
+                assert torch.allclose(value, state[name][key], atol=1e-3), (files, name, key)
+    turned = cyclegan.load_networks(["a/m.pth"], "nearest")["F"].model[11]
+    assert isinstance(turned, cyclegan.Upsample)
+    run("cyclegan.py train x y -o b --lr 0 --max-steps 2 --start-from", "a/checkpoint.pth", "--upsample", upsample)
+    assert equal(common.load_checkpoint(Path("b/checkpoint.pth"))["D_X"], state["D_X"])
+
+
+def test_averaged_weights():
+    """w_ema ← 0.9 w_ema + 0.1 w after each step, from the first step's weights on; they are what is exported."""
+    save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")
+    ours = []
+    for steps in (1, 2, 3):
+        run("cyclegan.py train x y --ema 0.9 --lr 0.01 -o", f"r{steps}", "--max-steps", steps)
+        ours.append(common.load_checkpoint(Path(f"r{steps}/checkpoint.pth")))
+    key = "model.1.weight"
+    expected = ours[0]["G"][key]
+    for state in ours[1:]:
+        expected = 0.9 * expected + 0.1 * state["G"][key]
+    assert torch.allclose(ours[2]["G_ema"]["module." + key], expected, atol=1e-6)
+    network, _ = cyclegan.load_generator(Path("r3/checkpoint.pth"))
+    assert torch.equal(network.state_dict()[key], ours[2]["G_ema"]["module." + key])
+
+
+def test_authors_generators_with_dropout_load():
+    G = cyclegan.Generator(blocks=2, width=4)
+    state = {key.replace("conv_block.5.", "conv_block.6."): value for key, value in G.state_dict().items()}
+    torch.save(state, "dropout.pth")
+    assert equal(cyclegan.load_generator(Path("dropout.pth"))[0].state_dict(), G.state_dict())

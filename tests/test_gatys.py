@@ -331,7 +331,7 @@ def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     cases = [({name: value}, "relu5_3" if name == "content_layers" else name) for name, value in options.items()]
     wrong = [image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), common.to_pil(image)]
     cases += [({"content": content}, "(1, 3, H, W) with values from 0 to 1") for content in wrong]
-    for arguments, word in [*cases, ({"styles": image}, "(3, 40, 56)"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]:
+    for arguments, word in [*cases, ({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]:
         with pytest.raises(InputError) as error:
             tiny(**{"vgg": "vgg16", "content": image, "styles": pair} | arguments)
         assert word in str(error.value).replace("-", "_"), arguments

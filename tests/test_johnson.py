@@ -126,14 +126,6 @@ def test_a_training_starts_from_its_seed_or_from_another_style(photos, monkeypat
     assert load_network(Path("b.pth")).architecture["norm"] == "batch"  # and not that of the flags
 
 
-def test_batch_norm_needs_one_process(photos, monkeypatch, fails):
-    """It looks at a whole batch, which no process of torchrun sees; also where a model brings it along."""
-    run(TRAIN, "--norm", "batch", "-o", "paper.pth")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for flags in ("--norm batch", "--start-from paper.pth"):
-        assert "one process" in fails(f"{TRAIN} {flags} -o b.pth")
-
-
 @pytest.mark.parametrize("size", [(32, 48), (37, 53)])
 def test_published_models_give_the_same_pixels(monkeypatch, size):
     """The network of pytorch/examples: no tanh, no margin, 0 … 255, float32 unless another is asked for."""

@@ -26,7 +26,7 @@ NOTEBOOK = ROOT / "notebooks" / "style_transfer.ipynb"
 # In their place the shell calls functions that print their arguments, so that loops and variables are expanded.
 STUBS = """set -e; PATH=/nowhere
 seq() { local i; for ((i = 1; i <= $1; i++)); do echo $i; done; }
-for program in python python3 pip curl unzip torchrun; do
+for program in python python3 pip curl unzip mkdir ffmpeg; do
   eval "$program() { printf '%s\\0' $program \\"\\$@\\"; echo; }"
 done
 """
@@ -47,7 +47,7 @@ def folder(monkeypatch):
     monkeypatch.setattr(cyclegan, "download", lambda name: Path("data", name))
     shutil.copytree(ROOT / "examples", "examples")
     parts = [f"data/{name}/{part}" for name in cyclegan.DATASETS for part in ("trainA", "trainB", "testA", "testB")]
-    for name in ("photos", "holiday", "train2014", *parts):
+    for name in ("photos", "holiday", "train2014", "frames", *parts):
         save_noise(*(f"{name}/{k}.png" for k in range(6)), size=(40, 36))
     for name in ("horse.jpg", "zebra.jpg"):
         shutil.copy(ROOT / "examples" / "content.jpg", name)
@@ -89,13 +89,16 @@ def test_every_command_in_the_text_can_be_read(folder):
 
 
 def test_the_python_examples_work(folder):
-    paint, translate = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    paint, export, translate = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     exec(paint.replace("512", "40"), {})
     with Image.open("picture.png") as picture:
         assert max(picture.size) == 40
     exec(translate.replace("192", "32"), {})
     with Image.open("horse2zebra.jpg") as picture:
         assert picture.size == (6 * 32, 4 * 32)
+    pytest.importorskip("onnxscript")
+    exec(export, {})
+    assert Path("wave.onnx").stat().st_size > 0
 
 
 # --- Flags and defaults ------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ def test_every_flag_is_documented_and_every_documented_flag_is_there():
     flags = set().union(*map(flags_of, COMMANDS))
     written = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
     assert flags - written <= {"--output"}
-    assert written - flags <= {"--help", "--no-deps", "--nproc-per-node", "--quick"}
+    assert written - flags <= {"--help", "--no-deps", "--quick"}
 
 
 def tables(header):
