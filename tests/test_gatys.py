@@ -107,26 +107,6 @@ def test_a_damped_first_move_has_little_of_the_finest_stripes(flag, damped):
     close(optimize(lambda x: x.mean(), 1, 1, odd, **flag)[0][0], odd)
 
 
-def test_the_first_losses_are_those_of_the_equations(pictures):
-    """From VGG's own layers: the rescaling, the margin, the weights and the layers of every term."""
-    photo, style = widen(pictures[0]), 0
-    a, b = ((x - common.IMAGENET_MEAN) / common.IMAGENET_STD for x in (photo, pictures[1]))
-    for i, layer in enumerate(VGG(["relu2_2"], "vgg19", "random", "avg").features):  # conv1_1, 1_2, pool, 2_1, 2_2
-        a, b = layer(a), layer(b)
-        if i in (1, 6):
-            units = [(f / ((a.mean() + b.mean()) / 2))[0].flatten(1) for f in (a, b)]
-            G, A = (f @ f.T / f.numel() for f in units)
-            style += {1: 0.3, 6: 2.0}[i] * ((G - A) ** 2).sum() / 4
-    down, right = photo[..., 1:, :] - photo[..., :-1, :], photo[..., 1:] - photo[..., :-1]
-    variation = (down**2).mean() + (right**2).mean()
-    options = {"content_weight": 3, "style_weight": 7, "tv_weight": 2, "style_layer_weights": [0.3, 2]}
-    _, losses = paint(pictures[0], pictures[1:], init="content", lbfgs_iters=1, **options)[0]
-    assert list(losses) == ["total", "content", "style", "variation"]
-    assert losses["content"] == pytest.approx(0, abs=1e-6)  # it starts from the photo
-    assert losses["style"] == pytest.approx(style.item(), rel=1e-3)
-    assert losses["total"] == pytest.approx((7 * style + 2 * variation).item(), rel=1e-3)
-
-
 @pytest.mark.parametrize(("optimizer", "size"), [("lbfgs", (37, 53)), ("adam", (64, 16))])
 def test_the_loss_falls_and_every_size_comes_out_as_it_went_in(pictures, optimizer, size):
     content, styles = nnf.interpolate(pictures[0], size), [torch.rand(1, 3, 51, 17) ** 3]

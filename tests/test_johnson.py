@@ -9,7 +9,7 @@ from conftest import equal, run, save_noise
 
 import common
 import johnson
-from common import VGG, InputError, load_image
+from common import InputError, load_image
 from johnson import TransformNet, load_network, stylize
 
 ROOT = Path(__file__).parent.parent
@@ -65,19 +65,6 @@ def test_the_network_is_the_papers(switches):
         expected = ((by_hand(network.state_dict(), x, *switches) / 10).tanh() + 1) / 2
     assert expected.std() > 0.05
     torch.testing.assert_close(network(x).double(), expected, rtol=0, atol=1e-5)
-
-
-def test_a_step_in_bfloat16():
-    """Both networks compute in it, the losses do not."""
-    f_W, dtypes = TransformNet(), set()
-    vgg = VGG(["relu2_1", "relu1_2"], "vgg16", "random", precision=torch.bfloat16)
-    args = johnson.parse_args(["train", "--style=a", "--data=b", "--content-layer=relu2_1", "--style-layers=relu1_2"])
-    objective = johnson.Objective(vgg, torch.rand(1, 3, 24, 32), args)
-    for module in (f_W.conv1.conv2d, f_W.deconv3.conv2d, objective.vgg.features[-2]):
-        module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    losses = johnson.step(f_W, objective, torch.optim.Adam(f_W.parameters()), torch.rand(2, 3, 24, 24))
-    assert dtypes == {torch.bfloat16}
-    assert {value.dtype for value in losses.values()} == {torch.float32}
 
 
 @pytest.fixture

@@ -19,7 +19,22 @@ TRAININGS = {
     "johnson": "johnson.py train --style style.png --data x -o {}/a.pth --iterations",
     "cyclegan": "cyclegan.py train x y --epochs 1 --decay-epochs 99999 --pool-size 2 --batch-size 2 -o {} --max-steps",
 }
-STATE = ["model", "optimizer", "G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pools", "step", "history"]
+STATE = [
+    "model",
+    "optimizer",
+    "G",
+    "F",
+    "D_X",
+    "D_Y",
+    "optimizer_G",
+    "optimizer_D",
+    "pool_X",
+    "pool_Y",
+    "G_ema",
+    "F_ema",
+    "step",
+    "history",
+]
 
 
 @pytest.fixture(params=TRAININGS)
