@@ -1,8 +1,8 @@
 """Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, all rows by default.
 
 Each row has the time and memory of a step, and the time of the same step as it is commonly written, in float32, in
-turns with it. At larger sizes it says how the time grows: side^2 is in proportion to the pixels. The last row has the
-claims of Johnson's Fig. 5 and Table 1.
+turns with it. At larger sizes it says how the time grows: side^2 is in proportion to the pixels. The last rows have the
+claims of Johnson's Fig. 5 and Table 1, and how far translated horses are from zebras.
 """
 
 import argparse
@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import torch
+from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cyclegan
 import gatys
 import johnson
-from common import VGG, load_checkpoint, load_image, pick_device, pick_precision, rescale
+from common import VGG, find_images, load_checkpoint, load_image, pick_device, pick_precision, rescale, to_pil
 
 EXAMPLES = Path(gatys.__file__).parent / "examples"
 PRECISION = pick_precision("auto", DEVICE := pick_device())
@@ -127,6 +128,38 @@ def measure(name, sizes, repeats):
         before = ours, size
 
 
+def kid(a, b):
+    """Estimate the kernel distance (Bińkowski et al. 2018) of two sets of features (n, d); of equal ones it is 0."""
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    same = [(kernel(x, x).sum() - kernel(x, x).trace()) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return sum(same) - 2 * kernel(a, b).mean()
+
+
+@torch.no_grad()
+def horse2zebra_kid(size):
+    """Print how far translated test pictures are from real ones, and untranslated ones: KID on features of VGG-19."""
+    data, vgg = Path("data/horse2zebra"), VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg").to(DEVICE)
+
+    def features(images):
+        """Return the mean and the spread of each filter over the positions, of pictures at 128 px."""
+        small = (to_tensor(to_pil(image).resize((128, 128), 1)).unsqueeze(0) for image in images)  # 1: Lanczos
+        maps = [vgg(x.to(DEVICE)).values() for x in small]
+        return torch.stack([torch.cat([g(f, (2, 3))[0] for f in m for g in (torch.mean, torch.std)]) for m in maps])
+
+    images = {
+        part: [load_image(file, shorter=size) for file in find_images(data / part)] for part in ("testA", "testB")
+    }
+    for direction, source, target in (("x2y", "testA", "testB"), ("y2x", "testB", "testA")):
+        G, real = cyclegan.load_generator(cyclegan.MODEL, direction)[0].to(DEVICE), features(images[target]).double()
+        made = [cyclegan.translate(G, x.to(DEVICE)) for x in images[source]]
+        unit = 3 * real.std(0).mean()
+        after, before = (kid(features(pictures).double() / unit, real / unit) for pictures in (made, images[source]))
+        print(f"horse2zebra-kid     {size:>4} px {direction}: KID {after:.2f}, untranslated {before:.2f}", flush=True)
+
+
 def johnson_claims(size):
     """Print the L-BFGS iterations from noise to the loss of one pass (Fig. 5), and the time of 500 (Table 1)."""
     x, args = example("content", size, center_crop=True), gatys.parse_args(["", "", "--init=noise", "--lbfgs-iters=1"])
@@ -152,6 +185,7 @@ ROWS = {  # what is measured, the sizes, and that of --quick
     "cyclegan-step": (cyclegan_step, [256], 64),
     "cyclegan-translate": (cyclegan_translate, [256, 512, 1024], 128),
     "johnson-claims": (johnson_claims, [256], 128),
+    "horse2zebra-kid": (horse2zebra_kid, [192], 192),
 }
 
 if __name__ == "__main__":
@@ -162,4 +196,5 @@ if __name__ == "__main__":
     print(f"{DEVICE}, {torch.get_num_threads()} threads, {PRECISION}, torch {torch.__version__}")
     for name in args.rows:
         sizes = ROWS[name][2:] if args.quick else ROWS[name][1]
-        johnson_claims(*sizes) if name == "johnson-claims" else measure(name, sizes, repeats=1 if args.quick else 3)
+        alone = ROWS[name][0] in (johnson_claims, horse2zebra_kid)
+        ROWS[name][0](*sizes) if alone else measure(name, sizes, repeats=1 if args.quick else 3)
