@@ -425,7 +425,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
             if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
                 best, best_step, losses = picture, step, terms
             bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
-            if args.save_gif and step % math.ceil(steps / 48) == 0:
+            if args.save_gif and (step == 1 or step % math.ceil(steps / 48) == 0):
                 frames.append(resize(finish(picture, content, args), small))
             if args.save_all:
                 common.save_image(finish(picture, content, args), extras["_frames"] / f"{step:04d}.png")
