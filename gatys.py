@@ -34,6 +34,7 @@ CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 # w_l of Eq. 5. The paper's are equal. But then relu5_1 has by far the largest gradient, and draws a lattice of dots.
 STYLE_LAYER_WEIGHTS = (0.2, 0.45, 0.2, 1.0, 0.02)
+STARTS = ("recolored", "content", "style", "noise")
 PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse; what --protect keeps is compared there
 MARGIN = 8  # px painted around the picture and cut off in the end: the network pads with zeros, which shows as a frame
 Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W) in [0, 1], and its losses
@@ -70,9 +71,9 @@ class Objective:
         with torch.no_grad():
             maps = vgg(photo)
             for painting, mask in zip(paintings, args.painting_masks, strict=False):
-                T = None if mask is None else resize_mask(mask, painting)
+                T = None if mask is None else fit(mask, painting)
                 A.append({layer: gram_matrix(f, T) for layer, f in vgg(painting, args.style_layers).items()})
-        keep = None if args.protect is None else resize_mask(args.protect, photo, MARGIN)
+        keep = None if args.protect is None else fit(args.protect, photo, MARGIN)
         for share, T, grams in place_styles(A, photo, keep, args) if A else ():
             self.styles.append((share, {layer: pool_mask(T, maps[layer]) for layer in grams}, grams))
         self.keep = {} if keep is None else {layer: pool_mask(keep, maps[layer]) for layer in PROTECTED_LAYERS}
@@ -137,7 +138,7 @@ def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -
 
 def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
     """Make the picture to start from, of the photo's size (1, 3, H, W). The paper's is noise, or one of the images."""
-    x, (h, w) = photo, photo.shape[-2:]
+    x, (h, w) = photo if args.init in STARTS else load_start(photo, args), photo.shape[-2:]
     if args.init == "recolored" and styles:  # not in the paper: few steps are needed from there
         x = match_color(photo, styles, args.style_blend).clamp(0, 1)
     if args.init == "noise":  # drawn on the CPU, so that every device starts from the same
@@ -145,7 +146,7 @@ def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
     if args.init == "style":
         cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
         x = center_crop(resize(styles[0], cover, math.ceil), [h, w])
-    return x if args.protect is None else torch.lerp(x, photo, resize_mask(args.protect, photo, MARGIN).to(x))
+    return x if args.protect is None else torch.lerp(x, photo, fit(args.protect, photo, MARGIN).to(x))
 
 
 def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, args: Namespace) -> Iterator[Frame]:
@@ -203,7 +204,8 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 
 def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     """Plan the scales from coarse to fine, …, ¼, ½, 1 (2017, §6), and the steps of each; one scale is the paper's."""
-    scales = args.scales or 1 + max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))  # from 192 px or more
+    coarser = max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))  # from 192 px or more
+    scales = args.scales or 1 + coarser * (args.init in STARTS)  # they would lose the details of another picture
     return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
 
 
@@ -214,17 +216,17 @@ def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = roun
     return resized.clamp(0, 1).to(image.device)
 
 
-def resize_mask(mask: Tensor, image: Tensor, margin: int = 0) -> Tensor:
-    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; leave it on the CPU."""
+def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") -> Tensor:
+    """Scale a mask (1, 1, h, w), or a picture, to the size of an image that has a margin; leave it on the CPU."""
     size = [side - 2 * margin for side in image.shape[-2:]]
-    mask = nnf.interpolate(mask.detach().float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
+    mask = nnf.interpolate(mask.detach().float().cpu(), size, mode=mode, antialias=True).clamp(0, 1)
     return nnf.pad(mask, [margin] * 4, mode="replicate")
 
 
 def place_styles(A: Sequence[dict], photo: Tensor, keep: Tensor | None, args: Namespace) -> list[tuple]:
     """Decide where styles go; return of each its share of the loss, its mask (None: everywhere), its Gram matrices."""
     free = torch.ones(1, 1, *photo.shape[-2:]) if keep is None else 1 - keep
-    T = [resize_mask(mask, photo, MARGIN) for mask in args.style_masks]
+    T = [fit(mask, photo, MARGIN) for mask in args.style_masks]
     if not T:
         # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + a constant: to blend styles is to blend their Gram matrices.
         blended = {layer: sum(b * a[layer] for b, a in zip(args.style_blend, A, strict=True)) for layer in A[0]}
@@ -306,7 +308,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="each half the next")
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
-    add("--init", choices=["recolored", "content", "style", "noise"], default="recolored", help="the paper's is noise")
+    add("--init", default="recolored", help=f"{', '.join(STARTS)} (the paper's), or a picture, to go on at one scale")
     add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's (default: the painting's)")
     add("--style-masks", **masks, help="where in the photo each style goes: white on black; the last gets the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
@@ -331,6 +333,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         (len(args.style_masks) not in (0, n - 1, n), f"--style-masks needs one for each of {n} styles, or one less"),
         (len(args.painting_masks) not in (0, n), f"--painting-masks needs one for each of {n} styles"),
         (len(blend) != n or (n and not sum(blend)), f"--style-blend needs one for each of {n} styles, not all 0"),
+        (args.init not in STARTS and not Path(args.init).is_file(), f"--init is no file, nor {', '.join(STARTS)}"),
         (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
         (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),
     ):
@@ -354,18 +357,30 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
         raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
     argv, known = ["content", *["style" for _ in styles]], vars(parse_args(["content", "style"]))
     for_files = ("content", "styles", "output", "image_size", "center_crop", "style_scale", "device")
-    masks = {}
+    tensors = {}
     for name, value in options.items():
         if name not in known or name in for_files or name.startswith("save"):
             raise InputError(f"unknown option {name}: options are the flags of gatys.py, but those about files")
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        if values and name in ("style_masks", "painting_masks", "protect"):
-            masks[name], values = value, ["mask" for _ in values]
+        picture = name in ("init", "style_masks", "painting_masks", "protect") and not isinstance(value, str | Path)
+        if values and picture:
+            tensors[name], values = value, ["content" for _ in values]
         argv += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
     args = parse_args(argv)
-    vars(args).update(masks)
-    common.check_images([content, *styles], [*args.style_masks, *args.painting_masks, args.protect])
+    vars(args).update(tensors)
+    starts = [args.init] if "init" in tensors else []
+    common.check_images([content, *styles, *starts], [*args.style_masks, *args.painting_masks, args.protect])
     return args
+
+
+def load_start(photo: Tensor, args: Namespace) -> Tensor:
+    """Scale the picture that --init names to the size of `photo`, which has a margin; say so if that stretches it."""
+    image = load_image(args.init, None, args.center_crop) if isinstance(args.init, str) else args.init
+    (h, w), (rows, columns) = (side - 2 * MARGIN for side in photo.shape[-2:]), image.shape[-2:]
+    if abs(rows * w - columns * h) > max(h, w) + max(rows, columns):  # by more than a pixel
+        tqdm.write(f"warning: --init, {columns}×{rows} px, is stretched to the photo's {w}×{h} px", file=sys.stderr)
+    grey = args.preserve_color == "luminance"  # as the photo is
+    return fit(luminance(image) if grey else image, photo, MARGIN, "bicubic").to(photo).expand_as(photo)
 
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
@@ -400,8 +415,8 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     ends = {".gif": args.save_gif, "_losses.csv": args.save_losses, "_losses.png": args.save_losses}
     ends |= {"_frames": args.save_all, "_mask.png": args.save_mask}
     extras = {end: Path(f"{args.output.with_suffix('')}{end}") for end, wanted in ends.items() if wanted}
-    protect = () if args.protect in (None, "faces") else (Path(args.protect),)
-    inputs = (args.content, *args.styles, *args.style_masks, *filter(None, args.painting_masks), *protect)
+    files = (args.content, *args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
+    inputs = [Path(file) for file in files if file not in (None, "faces", *STARTS)]
     common.check_outputs([args.output, *extras.values()], inputs, common.FORMATS)
     device, crop = common.pick_device(args.device), args.center_crop
     content = load_image(args.content, args.image_size, crop).to(device)
@@ -412,7 +427,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     if args.protect:
         args.protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), crop)
     if args.save_mask:
-        common.save_image(resize_mask(args.protect, content).expand_as(content), extras["_mask.png"])
+        common.save_image(fit(args.protect, content).expand_as(content), extras["_mask.png"])
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as nnf
+from conftest import save_noise
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
@@ -186,6 +187,32 @@ def test_what_it_starts_from(pictures):
     close(start("style", [ramp, 1 - ramp])[0, 0, 20], torch.linspace(32 / 120, 88 / 120, 56), rtol=0, atol=0.02)
 
 
+def test_it_goes_on_from_a_picture(pictures, capsys):
+    """At full size only, unless --scales is given; the picture is scaled and turned grey as the photo is."""
+    content, styles, other = pictures[0], pictures[1:], gaussian_blur(pictures[0].flip(3), 5)
+    common.save_image(other, "other.png")
+    for init in (other, "other.png", Path("other.png")):
+        args = settings(content, styles, init=init)
+        same, large = (gatys.start(widen(gatys.resize(content, size)), styles, args) for size in (1, 2))
+        close(same, widen(other), rtol=0, atol=3e-3)
+        assert (gatys.resize(large[..., 8:-8, 8:-8], 0.5) - other).abs().mean() < 0.01
+    grey = gatys.start(widen(content), styles, settings(content, styles, init=other, preserve_color="luminance"))
+    close(grey, widen(common.luminance(other)).expand_as(grey))
+    for scales in (None, 3):
+        args = settings(content, styles, init=other, scales=scales)
+        assert len(gatys.scale_steps(args, gatys.resize(content, 10))) == (scales or 1)
+    gatys.start(widen(content), styles, settings(content, styles, init=other[..., 9:]))
+    assert capsys.readouterr().err == "warning: --init, 47×40 px, is stretched to the photo's 56×40 px\n"
+    first, more = paint(content, styles), paint(content, styles, init=tiny(content, styles))
+    assert more[-1][1]["total"] < min(losses["total"] for _, losses in first)
+
+
+def test_a_start_that_is_no_picture_or_is_the_output(fails):
+    save_noise("in/a.png", "b.png")
+    for flags, word in (("--init nose", "noise"), ("--init in", "no file"), ("--init in/a.png -o in/a.png", "input")):
+        assert word in fails(f"gatys.py b.png b.png {flags}")
+
+
 def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
     """Shares are of the picture that is covered; where masks leave no room or overlap, they add up to 1 at most."""
     x, a, b = pictures[0], pictures[1], 1 - pictures[1]
@@ -221,9 +248,9 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
         expected += 0.5 * (nnf.adaptive_avg_pool2d(widen(TOP), f.shape[-2:]) * (f - p)).square().mean().item() / 3
     assert objective(widen(1 - x))["protected"].item() == pytest.approx(expected, rel=1e-4)
     mask = torch.rand(1, 1, 32, 48)
-    small = gatys.resize_mask(mask, torch.zeros(1, 3, 8, 12))
+    small = gatys.fit(mask, torch.zeros(1, 3, 8, 12))
     assert (small - nnf.avg_pool2d(mask, 4)).abs().mean() < 0.1
-    assert torch.equal(gatys.resize_mask(mask, torch.zeros(1, 3, 24, 28), 8), widen(small))
+    assert torch.equal(gatys.fit(mask, torch.zeros(1, 3, 24, 28), 8), widen(small))
 
 
 def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
@@ -331,6 +358,7 @@ def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     cases = [({name: value}, "relu5_3" if name == "content_layers" else name) for name, value in options.items()]
     wrong = [image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), common.to_pil(image)]
     cases += [({"content": content}, "(1, 3, H, W) with values from 0 to 1") for content in wrong]
+    cases += [({"init": init}, "(1, 3, H, W)") for init in wrong] + [({"init": "missing.png"}, "init")]
     for arguments, word in [*cases, ({"styles": image}, "(3, 40, 56)"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]:
         with pytest.raises(InputError) as error:
             tiny(**{"vgg": "vgg16", "content": image, "styles": pair} | arguments)
