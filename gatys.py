@@ -19,6 +19,8 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ STYLE_LAYER_WEIGHTS = (0.2, 0.45, 0.2, 1.0, 0.02)
 STARTS = ("recolored", "content", "style", "noise")
 PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse; what --protect keeps is compared there
 MARGIN = 8  # px painted around the picture and cut off in the end: the network pads with zeros, which shows as a frame
+network = lru_cache(maxsize=1)(VGG)  # made once for many photos
 Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W) in [0, 1], and its losses
 
 # --- Losses ------------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
         if x is None:
             layers = [*args.content_layers, *args.style_layers, *([] if args.protect is None else PROTECTED_LAYERS)]
             precision = common.pick_precision(args.precision, content.device)
-            vgg = VGG(layers, args.vgg, args.vgg_weights, args.pooling, precision).to(content.device)
+            vgg = network(tuple(layers), args.vgg, args.vgg_weights, args.pooling, precision).to(content.device)
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
             # some filters are silent in all of them, and no factor brings their mean activation to 1.
             vgg = rescale(vgg, paintings if layers == args.style_layers else [photo, *paintings])
@@ -290,9 +293,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = common.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
     add, number = parser.add_argument, common.number
     masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
-    add("content", type=Path, help="photo: what to paint")
+    add("content", type=Path, help="photo: what to paint; or a folder of photos")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
-    add("-o", "--output", type=Path, help=f"of {', '.join(common.FORMATS)} (default: <content>_<style>.png)")
+    add("-o", "--output", type=Path, help=f"of {', '.join(common.FORMATS)}, or folder (default: <content>_<style>)")
     add("--image-size", type=number(int, 1, 16383), default=512, help="longer side of the result, in px")
     add("--center-crop", action="store_true", help="crop all images to their central square first")
     add("--style-scale", type=number(most=32), default=1.0, help="longer side of the painting, over the result's")
@@ -325,6 +328,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     common.add_device_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     n, equal = len(args.styles), [1 / len(args.style_layers) for _ in args.style_layers]
+    advice = "to paint many photos, name their folder; to blend so many paintings, give --style-blend"
     blend = args.style_blend or [1.0 for _ in args.styles]
     weights = args.style_layer_weights or (STYLE_LAYER_WEIGHTS if tuple(args.style_layers) == STYLE_LAYERS else equal)
     for mistaken, message in (
@@ -334,6 +338,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         (len(args.painting_masks) not in (0, n), f"--painting-masks needs one for each of {n} styles"),
         (len(blend) != n or (n and not sum(blend)), f"--style-blend needs one for each of {n} styles, not all 0"),
         (args.init not in STARTS and not Path(args.init).is_file(), f"--init is no file, nor {', '.join(STARTS)}"),
+        (n > 4 and not (args.style_blend or args.style_masks or args.painting_masks), f"{n} styles given: {advice}"),
         (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
         (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),
     ):
@@ -346,8 +351,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     if args.lr is None:
         args.lr = 1.0 if args.optimizer == "lbfgs" else 0.02
     if args.output is None:
-        names = [path.stem for path in args.styles] or ["inversion"]
-        args.output = Path("_".join([args.content.stem, *names]) + ".png")
+        tag, many = "_".join(path.stem for path in args.styles) or "inversion", args.content.is_dir()
+        args.output = Path(f"{args.content.resolve().name}_{tag}" if many else f"{args.content.stem}_{tag}.png")
     return args
 
 
@@ -357,7 +362,7 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
         raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
     argv, known = ["content", *["style" for _ in styles]], vars(parse_args(["content", "style"]))
     for_files = ("content", "styles", "output", "image_size", "center_crop", "style_scale", "device")
-    tensors = {}
+    tensors, options = {}, {"style_blend": [1.0 for _ in styles]} | options
     for name, value in options.items():
         if name not in known or name in for_files or name.startswith("save"):
             raise InputError(f"unknown option {name}: options are the flags of gatys.py, but those about files")
@@ -411,42 +416,61 @@ def find_faces(image: Tensor) -> Tensor:
 
 
 def run(args: Namespace, command: Sequence[str]) -> None:
-    """Paint files as the command line says. Whatever stops it, the best picture so far is written."""
+    """Paint the photo, or all of a folder: one that fails is passed over then, and the exit status is 1 in the end."""
+    pairs, crop, failed = [(args.content, args.output)], args.center_crop, 0
+    if args.content.is_dir():
+        pairs = common.plan_outputs([args.content], args.output, "")
+    for path in filter(Path.is_dir, args.styles):
+        raise InputError(f"{path} is a folder: name its paintings one by one; a folder of photos is named first")
+    files = (*args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
+    taken = [Path(file) for file in files if file not in (None, "faces", *STARTS)]
     ends = {".gif": args.save_gif, "_losses.csv": args.save_losses, "_losses.png": args.save_losses}
     ends |= {"_frames": args.save_all, "_mask.png": args.save_mask}
-    extras = {end: Path(f"{args.output.with_suffix('')}{end}") for end, wanted in ends.items() if wanted}
-    files = (args.content, *args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
-    inputs = [Path(file) for file in files if file not in (None, "faces", *STARTS)]
-    common.check_outputs([args.output, *extras.values()], inputs, common.FORMATS)
-    device, crop = common.pick_device(args.device), args.center_crop
-    content = load_image(args.content, args.image_size, crop).to(device)
-    style_size = max(1, round(args.image_size * args.style_scale))
+    device, style_size = common.pick_device(args.device), max(1, round(args.image_size * args.style_scale))
     styles = [load_image(path, style_size, crop).to(device) for path in args.styles]
     args.style_masks = [load_mask(path, crop) for path in args.style_masks]
     args.painting_masks = [path and load_mask(path, crop) for path in args.painting_masks]
-    if args.protect:
-        args.protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), crop)
+    args.protect = args.protect if args.protect in (None, "faces") else load_mask(Path(args.protect), crop)
+    print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
+    for number, (photo, output) in enumerate(pairs, 1):
+        extras = {end: Path(f"{output.with_suffix('')}{end}") for end, wanted in ends.items() if wanted}
+        one = {"output": output, "title": f"{number}/{len(pairs)} {photo.name}" if len(pairs) > 1 else None}
+        try:
+            common.check_outputs([output, *extras.values()], [photo, *taken], common.FORMATS)
+            taken += [output, *extras.values()]
+            content = load_image(photo, args.image_size, crop).to(device)
+            one["protect"] = find_faces(content) if args.protect == "faces" else args.protect
+            paint_file(content, styles, Namespace(**vars(args) | one), extras, command)
+        except (InputError, OSError) as error:
+            if len(pairs) == 1 or isinstance(error.__cause__, ImportError):  # there is no detector of faces
+                raise
+            print(f"warning: {photo}: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        raise SystemExit(f"{failed} of {len(pairs)} photos were passed over")  # which is status 1
+
+
+def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extras: dict, command: Sequence) -> None:
+    """Paint a photo into `args.output` and `extras`. Whatever stops it, the best picture so far is written."""
     if args.save_mask:
         common.save_image(fit(args.protect, content).expand_as(content), extras["_mask.png"])
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
-    print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
     steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
     best, best_step, losses, history, frames, stopped = None, 0, {}, [], [resize(content, small)], None
-    bar = tqdm(paint(*prepare_colors(content, styles, args), args), total=steps, unit="step")
     try:
-        for step, (picture, terms) in enumerate(bar, 1):
-            history.append([step, *terms.values()])
-            if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
-                best, best_step, losses = picture, step, terms
-            bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
-            if args.save_gif and (step == 1 or step % math.ceil(steps / 48) == 0):
-                frames.append(resize(finish(picture, content, args), small))
-            if args.save_all:
-                common.save_image(finish(picture, content, args), extras["_frames"] / f"{step:04d}.png")
+        with tqdm(paint(*prepare_colors(content, styles, args), args), args.title, steps, unit="step") as bar:
+            for step, (picture, terms) in enumerate(bar, 1):
+                history.append([step, *terms.values()])
+                if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
+                    best, best_step, losses = picture, step, terms
+                bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
+                if args.save_gif and (step == 1 or step % math.ceil(steps / 48) == 0):
+                    frames.append(resize(finish(picture, content, args), small))
+                if args.save_all:
+                    common.save_image(finish(picture, content, args), extras["_frames"] / f"{step:04d}.png")
     except (Exception, KeyboardInterrupt) as error:  # what there is, is saved first
         stopped = error
-    bar.close()
     if stopped and common.out_of_memory(stopped):
         size = max(content.shape[-2:])  # of which 0.7 has half the pixels
         stopped = InputError(f"out of memory at {size} px: about --image-size {int(0.7 * size)} is likely to fit")
@@ -464,7 +488,8 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
         raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped
-    print(args.output)
+    with suppress(BrokenPipeError):  # nobody reads the names any more
+        print(args.output, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

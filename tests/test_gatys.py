@@ -5,6 +5,7 @@ The equations stand in test_equations.py, the command line in test_cli.py.
 
 import itertools
 import math
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import save_noise
+from conftest import run, save_noise
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
 import common
 import gatys
-from common import VGG, InputError, gram_matrix
+from common import VGG, InputError, gram_matrix, load_image
 from gatys import parse_args, settings, stylize
 
 close = torch.testing.assert_close
@@ -207,10 +208,36 @@ def test_it_goes_on_from_a_picture(pictures, capsys):
     assert more[-1][1]["total"] < min(losses["total"] for _, losses in first)
 
 
-def test_a_start_that_is_no_picture_or_is_the_output(fails):
-    save_noise("in/a.png", "b.png")
-    for flags, word in (("--init nose", "noise"), ("--init in", "no file"), ("--init in/a.png -o in/a.png", "input")):
-        assert word in fails(f"gatys.py b.png b.png {flags}")
+def test_every_photo_of_a_folder_is_painted_as_it_is_alone(monkeypatch, capsys):
+    """With a network that is made once. What fails is passed over, and Ctrl-C ends it all."""
+    save_noise("in/a.png", "in/deep/b.jpg", "style.png", size=(48, 36))
+    Path("in/damaged.png").touch()
+    made, load = [], common._load_weights
+    monkeypatch.setattr(common, "_load_weights", lambda *names: made.append(names) or load(*names))
+    gatys.network.cache_clear()
+    monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])
+    with pytest.raises(SystemExit, match="1 of 3 photos"):
+        run("gatys.py in style.png --save-mask --protect faces")
+    assert (len(made), capsys.readouterr().err.count("warning: in/damaged.png: ")) == (1, 1)
+    files = sorted(path.name for path in Path("in_style").rglob("*.*"))
+    assert files == ["a.png", "a_mask.png", "b.jpg", "b_mask.png"]
+    run("gatys.py in/deep/b.jpg style.png -o alone.jpg --protect faces")
+    assert torch.equal(load_image("alone.jpg"), load_image("in_style/deep/b.jpg"))
+    monkeypatch.setattr(gatys, "optimize", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        run("gatys.py in style.png")
+
+
+def test_files_that_make_no_sense_are_told_in_one_line(fails):
+    save_noise("in/a.png", "in/a.jpg", "b.png")
+    cases = {"b.png in": "in is a folder", "in b.png -o in": "an input", "in b.png -o c.jpg": "name a folder"}
+    cases |= {"b.png" + 5 * " b.png": "5 styles", "in b.png --init nose": "noise", "b.png b.png --init in": "no file"}
+    for command, word in (cases | {"b.png b.png --init in/a.jpg -o in/a.jpg": "input"}).items():
+        assert word in fails(f"gatys.py {command}")
+    with pytest.raises(SystemExit, match="1 of 2"):  # there is an a.gif by then
+        run("gatys.py in b.png --save-gif")
+    settings(torch.rand(1, 3, 9, 9), [torch.rand(1, 3, 9, 9)] * 5)
+    parse_args(["a", "b", "c", "d", "e", "f", "--style-blend", "1", "1", "1", "1", "1"])
 
 
 def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
