@@ -19,6 +19,8 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -34,8 +36,10 @@ CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 # w_l of Eq. 5. The paper's are equal. But then relu5_1 has by far the largest gradient, and draws a lattice of dots.
 STYLE_LAYER_WEIGHTS = (0.2, 0.45, 0.2, 1.0, 0.02)
+STARTS = ("recolored", "content", "style", "noise")
 PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse; what --protect keeps is compared there
 MARGIN = 8  # px painted around the picture and cut off in the end: the network pads with zeros, which shows as a frame
+network = lru_cache(maxsize=1)(VGG)  # made once for many photos
 Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W) in [0, 1], and its losses
 
 # --- Losses ------------------------------------------------------------------------------------------------
@@ -70,9 +74,9 @@ class Objective:
         with torch.no_grad():
             maps = vgg(photo)
             for painting, mask in zip(paintings, args.painting_masks, strict=False):
-                T = None if mask is None else resize_mask(mask, painting)
+                T = None if mask is None else fit(mask, painting)
                 A.append({layer: gram_matrix(f, T) for layer, f in vgg(painting, args.style_layers).items()})
-        keep = None if args.protect is None else resize_mask(args.protect, photo, MARGIN)
+        keep = None if args.protect is None else fit(args.protect, photo, MARGIN)
         for share, T, grams in place_styles(A, photo, keep, args) if A else ():
             self.styles.append((share, {layer: pool_mask(T, maps[layer]) for layer in grams}, grams))
         self.keep = {} if keep is None else {layer: pool_mask(keep, maps[layer]) for layer in PROTECTED_LAYERS}
@@ -111,7 +115,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
         if x is None:
             layers = [*args.content_layers, *args.style_layers, *([] if args.protect is None else PROTECTED_LAYERS)]
             precision = common.pick_precision(args.precision, content.device)
-            vgg = VGG(layers, args.vgg, args.vgg_weights, args.pooling, precision).to(content.device)
+            vgg = network(tuple(layers), args.vgg, args.vgg_weights, args.pooling, precision).to(content.device)
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
             # some filters are silent in all of them, and no factor brings their mean activation to 1.
             vgg = rescale(vgg, paintings if layers == args.style_layers else [photo, *paintings])
@@ -137,7 +141,7 @@ def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -
 
 def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
     """Make the picture to start from, of the photo's size (1, 3, H, W). The paper's is noise, or one of the images."""
-    x, (h, w) = photo, photo.shape[-2:]
+    x, (h, w) = photo if args.init in STARTS else load_start(photo, args), photo.shape[-2:]
     if args.init == "recolored" and styles:  # not in the paper: few steps are needed from there
         x = match_color(photo, styles, args.style_blend).clamp(0, 1)
     if args.init == "noise":  # drawn on the CPU, so that every device starts from the same
@@ -145,7 +149,7 @@ def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
     if args.init == "style":
         cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
         x = center_crop(resize(styles[0], cover, math.ceil), [h, w])
-    return x if args.protect is None else torch.lerp(x, photo, resize_mask(args.protect, photo, MARGIN).to(x))
+    return x if args.protect is None else torch.lerp(x, photo, fit(args.protect, photo, MARGIN).to(x))
 
 
 def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, args: Namespace) -> Iterator[Frame]:
@@ -203,7 +207,8 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 
 def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     """Plan the scales from coarse to fine, …, ¼, ½, 1 (2017, §6), and the steps of each; one scale is the paper's."""
-    scales = args.scales or 1 + max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))  # from 192 px or more
+    coarser = max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))  # from 192 px or more
+    scales = args.scales or 1 + coarser * (args.init in STARTS)  # they would lose the details of another picture
     return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
 
 
@@ -214,21 +219,23 @@ def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = roun
     return resized.clamp(0, 1).to(image.device)
 
 
-def resize_mask(mask: Tensor, image: Tensor, margin: int = 0) -> Tensor:
-    """Scale a mask (1, 1, h, w) to the size of an image that has a margin; leave it on the CPU."""
+def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") -> Tensor:
+    """Scale a mask (1, 1, h, w), or a picture, to the size of an image that has a margin; leave it on the CPU."""
     size = [side - 2 * margin for side in image.shape[-2:]]
-    mask = nnf.interpolate(mask.detach().float().cpu(), size, mode="bilinear", antialias=True).clamp(0, 1)
+    mask = nnf.interpolate(mask.detach().float().cpu(), size, mode=mode, antialias=True).clamp(0, 1)
     return nnf.pad(mask, [margin] * 4, mode="replicate")
 
 
 def place_styles(A: Sequence[dict], photo: Tensor, keep: Tensor | None, args: Namespace) -> list[tuple]:
     """Decide where styles go; return of each its share of the loss, its mask (None: everywhere), its Gram matrices."""
     free = torch.ones(1, 1, *photo.shape[-2:]) if keep is None else 1 - keep
-    T = [resize_mask(mask, photo, MARGIN) for mask in args.style_masks]
+    if args.alpha is not None:
+        free = free * fit(args.alpha, photo, MARGIN)
+    T = [fit(mask, photo, MARGIN) for mask in args.style_masks]
     if not T:
         # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + a constant: to blend styles is to blend their Gram matrices.
         blended = {layer: sum(b * a[layer] for b, a in zip(args.style_blend, A, strict=True)) for layer in A[0]}
-        return [(free.mean().item(), None if keep is None else free, blended)]
+        return [(free.mean().item(), None if keep is None and args.alpha is None else free, blended)]
     if len(T) < len(A):
         T.append((1 - sum(T)).clamp(0, 1))  # the last style goes where the others leave room
     covered = (sum(T).clamp(max=1) * free).mean().item()  # the sum of all shares
@@ -288,9 +295,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = common.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s content [style ...] [flags]")
     add, number = parser.add_argument, common.number
     masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
-    add("content", type=Path, help="photo: what to paint")
+    add("content", type=Path, help="photo: what to paint; or a folder of photos")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
-    add("-o", "--output", type=Path, help=f"of {', '.join(common.FORMATS)} (default: <content>_<style>.png)")
+    add("-o", "--output", type=Path, help=f"of {', '.join(common.FORMATS)}, or folder (default: <content>_<style>)")
     add("--image-size", type=number(int, 1, 16383), default=512, help="longer side of the result, in px")
     add("--center-crop", action="store_true", help="crop all images to their central square first")
     add("--style-scale", type=number(most=32), default=1.0, help="longer side of the painting, over the result's")
@@ -306,7 +313,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="each half the next")
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
-    add("--init", choices=["recolored", "content", "style", "noise"], default="recolored", help="the paper's is noise")
+    add("--init", default="recolored", help=f"{', '.join(STARTS)} (the paper's), or a picture, to go on at one scale")
     add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's (default: the painting's)")
     add("--style-masks", **masks, help="where in the photo each style goes: white on black; the last gets the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
@@ -323,6 +330,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     common.add_device_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     n, equal = len(args.styles), [1 / len(args.style_layers) for _ in args.style_layers]
+    advice = "to paint many photos, name their folder; to blend so many paintings, give --style-blend"
     blend = args.style_blend or [1.0 for _ in args.styles]
     weights = args.style_layer_weights or (STYLE_LAYER_WEIGHTS if tuple(args.style_layers) == STYLE_LAYERS else equal)
     for mistaken, message in (
@@ -331,11 +339,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         (len(args.style_masks) not in (0, n - 1, n), f"--style-masks needs one for each of {n} styles, or one less"),
         (len(args.painting_masks) not in (0, n), f"--painting-masks needs one for each of {n} styles"),
         (len(blend) != n or (n and not sum(blend)), f"--style-blend needs one for each of {n} styles, not all 0"),
+        (args.init not in STARTS and not Path(args.init).is_file(), f"--init is no file, nor {', '.join(STARTS)}"),
+        (n > 4 and not (args.style_blend or args.style_masks or args.painting_masks), f"{n} styles given: {advice}"),
         (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
         (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),
     ):
         if mistaken:
             raise InputError(message)
+    args.alpha = None  # (1, 1, H, W), of a photo that is transparent in parts
     args.style_blend, args.style_layer_weights = [share / sum(blend) for share in blend], list(weights)
     args.painting_masks = args.painting_masks or [None for _ in args.styles]
     args.content_layers = list(args.content_layers) if args.content_weight else []  # no weight: nothing to compute
@@ -343,8 +354,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     if args.lr is None:
         args.lr = 1.0 if args.optimizer == "lbfgs" else 0.02
     if args.output is None:
-        names = [path.stem for path in args.styles] or ["inversion"]
-        args.output = Path("_".join([args.content.stem, *names]) + ".png")
+        tag, many = "_".join(path.stem for path in args.styles) or "inversion", args.content.is_dir()
+        args.output = Path(f"{args.content.resolve().name}_{tag}" if many else f"{args.content.stem}_{tag}.png")
     return args
 
 
@@ -354,18 +365,30 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
         raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
     argv, known = ["content", *["style" for _ in styles]], vars(parse_args(["content", "style"]))
     for_files = ("content", "styles", "output", "image_size", "center_crop", "style_scale", "device")
-    masks = {}
+    tensors, options = {}, {"style_blend": [1.0 for _ in styles]} | options
     for name, value in options.items():
         if name not in known or name in for_files or name.startswith("save"):
             raise InputError(f"unknown option {name}: options are the flags of gatys.py, but those about files")
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        if values and name in ("style_masks", "painting_masks", "protect"):
-            masks[name], values = value, ["mask" for _ in values]
+        picture = name in ("init", "style_masks", "painting_masks", "protect") and not isinstance(value, str | Path)
+        if values and picture:
+            tensors[name], values = value, ["content" for _ in values]
         argv += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
     args = parse_args(argv)
-    vars(args).update(masks)
-    common.check_images([content, *styles], [*args.style_masks, *args.painting_masks, args.protect])
+    vars(args).update(tensors)
+    starts = [args.init] if "init" in tensors else []
+    common.check_images([content, *styles, *starts], [*args.style_masks, *args.painting_masks, args.protect])
     return args
+
+
+def load_start(photo: Tensor, args: Namespace) -> Tensor:
+    """Scale the picture that --init names to the size of `photo`, which has a margin; say so if that stretches it."""
+    image = load_image(args.init, None, args.center_crop) if isinstance(args.init, str) else args.init
+    (h, w), (rows, columns) = (side - 2 * MARGIN for side in photo.shape[-2:]), image.shape[-2:]
+    if abs(rows * w - columns * h) > max(h, w) + max(rows, columns):  # by more than a pixel
+        tqdm.write(f"warning: --init, {columns}×{rows} px, is stretched to the photo's {w}×{h} px", file=sys.stderr)
+    grey = args.preserve_color == "luminance"  # as the photo is
+    return fit(luminance(image) if grey else image, photo, MARGIN, "bicubic").to(photo).expand_as(photo)
 
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
@@ -397,42 +420,71 @@ def find_faces(image: Tensor) -> Tensor:
 
 
 def run(args: Namespace, command: Sequence[str]) -> None:
-    """Paint files as the command line says. Whatever stops it, the best picture so far is written."""
+    """Paint the photo, or all of a folder: one that fails is passed over then, and the exit status is 1 in the end."""
+    pairs, crop, failed = [(args.content, args.output)], args.center_crop, 0
+    if args.content.is_dir():
+        pairs = common.plan_outputs([args.content], args.output, "")
+    for path in filter(Path.is_dir, args.styles):
+        raise InputError(f"{path} is a folder: name its paintings one by one; a folder of photos is named first")
+    files = (*args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
+    taken = [Path(file) for file in files if file not in (None, "faces", *STARTS)]
     ends = {".gif": args.save_gif, "_losses.csv": args.save_losses, "_losses.png": args.save_losses}
     ends |= {"_frames": args.save_all, "_mask.png": args.save_mask}
-    extras = {end: Path(f"{args.output.with_suffix('')}{end}") for end, wanted in ends.items() if wanted}
-    protect = () if args.protect in (None, "faces") else (Path(args.protect),)
-    inputs = (args.content, *args.styles, *args.style_masks, *filter(None, args.painting_masks), *protect)
-    common.check_outputs([args.output, *extras.values()], inputs, common.FORMATS)
-    device, crop = common.pick_device(args.device), args.center_crop
-    content = load_image(args.content, args.image_size, crop).to(device)
-    style_size = max(1, round(args.image_size * args.style_scale))
-    styles = [load_image(path, style_size, crop).to(device) for path in args.styles]
+    device, style_size = common.pick_device(args.device), max(1, round(args.image_size * args.style_scale))
+    paintings = [next(load_frames(path, style_size, crop))[0] for path in args.styles]
     args.style_masks = [load_mask(path, crop) for path in args.style_masks]
     args.painting_masks = [path and load_mask(path, crop) for path in args.painting_masks]
-    if args.protect:
-        args.protect = find_faces(content) if args.protect == "faces" else load_mask(Path(args.protect), crop)
+    for i, alpha in ((i, painting[:, 3:]) for i, painting in enumerate(paintings) if painting.shape[1] == 4):
+        mask = args.painting_masks[i]
+        args.painting_masks[i] = alpha if mask is None else alpha * fit(mask, alpha)
+    args.protect = args.protect if args.protect in (None, "faces") else load_mask(Path(args.protect), crop)
+    print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
+    for number, (photo, output) in enumerate(pairs, 1):
+        extras = {end: Path(f"{output.with_suffix('')}{end}") for end, wanted in ends.items() if wanted}
+        one = {"output": output, "title": f"{number}/{len(pairs)} {photo.name}" if len(pairs) > 1 else None}
+        try:
+            common.check_outputs([output, *extras.values()], [photo, *taken], common.FORMATS)
+            taken += [output, *extras.values()]
+            image, _ = next(load_frames(photo, args.image_size, crop))
+            content, one["alpha"] = image[:, :3].to(device), image[:, 3:] if image.shape[1] == 4 else None
+            one["protect"] = find_faces(content) if args.protect == "faces" else args.protect
+            styles = [painting[:, :3].to(device) for painting in paintings]
+            paint_file(content, styles, Namespace(**vars(args) | one), extras, command)
+        except (InputError, OSError) as error:
+            if len(pairs) == 1 or isinstance(error.__cause__, ImportError):  # there is no detector of faces
+                raise
+            print(f"warning: {photo}: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        raise SystemExit(f"{failed} of {len(pairs)} photos were passed over")  # which is status 1
+
+
+def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extras: dict, command: Sequence) -> None:
+    """Paint a photo into `args.output` and `extras`. Whatever stops it, the best picture so far is written."""
+
+    def finished(picture: Tensor) -> Tensor:
+        picture = finish(picture, content, args).cpu()
+        return picture if args.alpha is None else torch.cat([picture, args.alpha], dim=1)
+
     if args.save_mask:
-        common.save_image(resize_mask(args.protect, content).expand_as(content), extras["_mask.png"])
+        common.save_image(fit(args.protect, content).expand_as(content), extras["_mask.png"])
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
-    print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
     steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
-    best, best_step, losses, history, frames, stopped = None, 0, {}, [], [resize(content, small)], None
-    bar = tqdm(paint(*prepare_colors(content, styles, args), args), total=steps, unit="step")
+    best, best_step, losses, history, frames, stopped = None, 0, {}, [], [resize(finished(content), small)], None
     try:
-        for step, (picture, terms) in enumerate(bar, 1):
-            history.append({"step": step, **terms})
-            if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
-                best, best_step, losses = picture, step, terms
-            bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
-            if args.save_gif and step % math.ceil(steps / 48) == 0:
-                frames.append(resize(finish(picture, content, args), small))
-            if args.save_all:
-                common.save_image(finish(picture, content, args), extras["_frames"] / f"{step:04d}.png")
+        with tqdm(paint(*prepare_colors(content, styles, args), args), args.title, steps, unit="step") as bar:
+            for step, (picture, terms) in enumerate(bar, 1):
+                history.append({"step": step, **terms})
+                if best is None or picture.shape != best.shape or terms["total"] <= losses["total"]:
+                    best, best_step, losses = picture, step, terms
+                bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
+                if args.save_gif and (step == 1 or step % math.ceil(steps / 48) == 0):
+                    frames.append(resize(finished(picture), small))
+                if args.save_all:
+                    common.save_image(finished(picture), extras["_frames"] / f"{step:04d}.png")
     except (Exception, KeyboardInterrupt) as error:  # what there is, is saved first
         stopped = error
-    bar.close()
     if stopped and common.out_of_memory(stopped):
         size = max(content.shape[-2:])  # of which 0.7 has half the pixels
         stopped = InputError(f"out of memory at {size} px: about --image-size {int(0.7 * size)} is likely to fit")
@@ -440,17 +492,18 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         raise stopped
     text = ", ".join(f"{name} {value:.6g}" for name, value in losses.items())
     record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=text)
-    common.save_image(finish(best, content, args), args.output, record)
+    common.save_image(finished(best), args.output, record)
     if args.save_losses:
         common.save_losses(history, extras["_losses.csv"])
     if args.save_gif:
         fade = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
         shown = [(frame, 100.0) for frame in [*fade, *frames[1:]]]
-        common.save_animation([*shown, (resize(finish(best, content, args), small), 2000.0)], extras[".gif"])
+        common.save_animation([*shown, (resize(finished(best), small), 2000.0)], extras[".gif"])
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
         raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped
-    print(args.output)
+    with suppress(BrokenPipeError):  # nobody reads the names any more
+        print(args.output, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 import cyclegan
 import gatys
 import johnson
-from common import load_image
+from common import load_frames, load_image
 
 ROOT = Path(__file__).parent.parent
 CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
@@ -120,6 +120,27 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     monkeypatch.setattr(gatys, "gram_matrix", full)
     assert "--image-size 33" in fails("gatys.py -o b.png --num-steps 90", CONTENT, STYLE)
     assert load_image("b.png").shape == (1, 3, 32, 48)
+
+
+def test_what_is_transparent_has_no_part_in_the_result(monkeypatch):
+    """Neither of a photo nor of a painting: colours that cannot be seen change nothing, and are given no style."""
+    save_noise("a.png", size=(48, 36))
+    results, objectives, objective = [], [], gatys.Objective
+    monkeypatch.setattr(gatys, "Objective", lambda *args: objectives.append(objective(*args)) or objectives[-1])
+    for hidden in ("lime", "black"):
+        with Image.open("a.png") as image:
+            alpha = Image.new("L", image.size)
+            alpha.paste(255, (0, 0, 24, 36))
+            cut = Image.composite(image, Image.new("RGB", image.size, hidden), alpha)
+            cut.putalpha(alpha)
+            cut.save("cut.png")
+        run("gatys.py cut.png cut.png -o made.png")
+        results.append(next(load_frames("made.png"))[0])
+    assert torch.equal(*results)
+    assert torch.equal(results[0][0, 3], (torch.arange(48) < 24).float().expand(36, 48))
+    ((share, masks, _),) = objectives[0].styles
+    assert share == pytest.approx(0.5, abs=0.01)
+    assert masks["relu1_1"][0, 0, 20, [28, 36]].tolist() == [1, 0]  # beside a margin of 8 px
 
 
 # --- All scripts -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ The equations stand in test_equations.py, the command line in test_cli.py.
 
 import itertools
 import math
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as nnf
+from conftest import run, save_noise
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
 import common
 import gatys
-from common import VGG, InputError, gram_matrix
+from common import VGG, InputError, gram_matrix, load_image
 from gatys import parse_args, settings, stylize
 
 close = torch.testing.assert_close
@@ -166,6 +168,58 @@ def test_what_it_starts_from(pictures):
     close(start("style", [ramp, 1 - ramp])[0, 0, 20], torch.linspace(32 / 120, 88 / 120, 56), rtol=0, atol=0.02)
 
 
+def test_it_goes_on_from_a_picture(pictures, capsys):
+    """At full size only, unless --scales is given; the picture is scaled and turned grey as the photo is."""
+    content, styles, other = pictures[0], pictures[1:], gaussian_blur(pictures[0].flip(3), 5)
+    common.save_image(other, "other.png")
+    for init in (other, "other.png", Path("other.png")):
+        args = settings(content, styles, init=init)
+        same, large = (gatys.start(widen(gatys.resize(content, size)), styles, args) for size in (1, 2))
+        close(same, widen(other), rtol=0, atol=3e-3)
+        assert (gatys.resize(large[..., 8:-8, 8:-8], 0.5) - other).abs().mean() < 0.01
+    grey = gatys.start(widen(content), styles, settings(content, styles, init=other, preserve_color="luminance"))
+    close(grey, widen(common.luminance(other)).expand_as(grey))
+    for scales in (None, 3):
+        args = settings(content, styles, init=other, scales=scales)
+        assert len(gatys.scale_steps(args, gatys.resize(content, 10))) == (scales or 1)
+    gatys.start(widen(content), styles, settings(content, styles, init=other[..., 9:]))
+    assert capsys.readouterr().err == "warning: --init, 47×40 px, is stretched to the photo's 56×40 px\n"
+    first, more = paint(content, styles), paint(content, styles, init=tiny(content, styles))
+    assert more[-1][1]["total"] < min(losses["total"] for _, losses in first)
+
+
+def test_every_photo_of_a_folder_is_painted_as_it_is_alone(monkeypatch, capsys):
+    """With a network that is made once. What fails is passed over, and Ctrl-C ends it all."""
+    save_noise("in/a.png", "in/deep/b.jpg", "style.png", size=(48, 36))
+    Path("in/damaged.png").touch()
+    made, load = [], common._load_weights
+    monkeypatch.setattr(common, "_load_weights", lambda *names: made.append(names) or load(*names))
+    gatys.network.cache_clear()
+    monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])
+    with pytest.raises(SystemExit, match="1 of 3 photos"):
+        run("gatys.py in style.png --save-mask --protect faces")
+    assert (len(made), capsys.readouterr().err.count("warning: in/damaged.png: ")) == (1, 1)
+    files = sorted(path.name for path in Path("in_style").rglob("*.*"))
+    assert files == ["a.png", "a_mask.png", "b.jpg", "b_mask.png"]
+    run("gatys.py in/deep/b.jpg style.png -o alone.jpg --protect faces")
+    assert torch.equal(load_image("alone.jpg"), load_image("in_style/deep/b.jpg"))
+    monkeypatch.setattr(gatys, "optimize", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        run("gatys.py in style.png")
+
+
+def test_files_that_make_no_sense_are_told_in_one_line(fails):
+    save_noise("in/a.png", "in/a.jpg", "b.png")
+    cases = {"b.png in": "in is a folder", "in b.png -o in": "an input", "in b.png -o c.jpg": "name a folder"}
+    cases |= {"b.png" + 5 * " b.png": "5 styles", "in b.png --init nose": "noise", "b.png b.png --init in": "no file"}
+    for command, word in (cases | {"b.png b.png --init in/a.jpg -o in/a.jpg": "input"}).items():
+        assert word in fails(f"gatys.py {command}")
+    with pytest.raises(SystemExit, match="1 of 2"):  # there is an a.gif by then
+        run("gatys.py in b.png --save-gif")
+    settings(torch.rand(1, 3, 9, 9), [torch.rand(1, 3, 9, 9)] * 5)
+    parse_args(["a", "b", "c", "d", "e", "f", "--style-blend", "1", "1", "1", "1", "1"])
+
+
 def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
     """Shares are of the picture that is covered; where masks leave no room or overlap, they add up to 1 at most."""
     x, a, b = pictures[0], pictures[1], 1 - pictures[1]
@@ -201,9 +255,9 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
         expected += 0.5 * (nnf.adaptive_avg_pool2d(widen(TOP), f.shape[-2:]) * (f - p)).square().mean().item() / 3
     assert objective(widen(1 - x))["protected"].item() == pytest.approx(expected, rel=1e-4)
     mask = torch.rand(1, 1, 32, 48)
-    small = gatys.resize_mask(mask, torch.zeros(1, 3, 8, 12))
+    small = gatys.fit(mask, torch.zeros(1, 3, 8, 12))
     assert (small - nnf.avg_pool2d(mask, 4)).abs().mean() < 0.1
-    assert torch.equal(gatys.resize_mask(mask, torch.zeros(1, 3, 24, 28), 8), widen(small))
+    assert torch.equal(gatys.fit(mask, torch.zeros(1, 3, 24, 28), 8), widen(small))
 
 
 def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
@@ -311,6 +365,7 @@ def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     cases = [({name: value}, "relu5_3" if name == "content_layers" else name) for name, value in options.items()]
     wrong = [image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), common.to_pil(image)]
     cases += [({"content": content}, "(1, 3, H, W) with values from 0 to 1") for content in wrong]
+    cases += [({"init": init}, "(1, 3, H, W)") for init in wrong] + [({"init": "missing.png"}, "init")]
     for arguments, word in [*cases, ({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]:
         with pytest.raises(InputError) as error:
             tiny(**{"vgg": "vgg16", "content": image, "styles": pair} | arguments)
