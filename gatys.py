@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -39,7 +40,6 @@ STYLE_LAYER_WEIGHTS = (0.2, 0.45, 0.2, 1.0, 0.02)
 STARTS = ("recolored", "content", "style", "noise")
 PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse; what --protect keeps is compared there
 MARGIN = 8  # px painted around the picture and cut off in the end: the network pads with zeros, which shows as a frame
-network = lru_cache(maxsize=1)(VGG)  # made once for many photos
 Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W) in [0, 1], and its losses
 
 # --- Losses ------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
         if x is None:
             layers = [*args.content_layers, *args.style_layers, *([] if args.protect is None else PROTECTED_LAYERS)]
             precision = common.pick_precision(args.precision, content.device)
-            vgg = network(tuple(layers), args.vgg, args.vgg_weights, args.pooling, precision).to(content.device)
+            vgg = network(content.device, tuple(layers), args.vgg, args.vgg_weights, args.pooling, precision)
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
             # some filters are silent in all of them, and no factor brings their mean activation to 1.
             vgg = rescale(vgg, paintings if layers == args.style_layers else [photo, *paintings])
@@ -203,6 +203,12 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 # ===========================================================================================================
 # Nothing below is in the paper: scales, masks and colours (Gatys et al. 2017), files, the command line.
 # ===========================================================================================================
+
+
+@lru_cache(maxsize=1)
+def network(device: torch.device, *options: Any) -> VGG:
+    """Make VGG on a device, once for many photos."""
+    return VGG(*options).to(device)
 
 
 def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:

@@ -7,8 +7,6 @@ from test_gatys import tiny
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import gatys
-
 MISSING = ["_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_linalg_eigh", "linalg_eig"]  # in torch 2.6
 # Of channels-last maps these give wrong gradients, or end the process (pytorch issues 175190 and 107214):
 BACKWARD = ["avg_pool2d_backward", "max_pool2d_with_indices_backward", "threshold_backward", "tanh_backward"]
@@ -64,13 +62,6 @@ class Calls(TorchFunctionMode):
         if torch.device(kwargs.get("device") or "cpu").type == "mps":
             return OnMps(func(*args, **kwargs | {"device": "cpu"}))
         return func(*args, **kwargs)
-
-
-@pytest.fixture(autouse=True)
-def network_of_its_own():
-    gatys.network.cache_clear()
-    yield
-    gatys.network.cache_clear()
 
 
 MASK = torch.ones(1, 1, 39, 55).triu()  # all sides odd, as pooling to even ones divides
