@@ -158,17 +158,18 @@ def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
     return mask.to(features.device)
 
 
-def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = ()) -> None:
-    """Raise InputError if one of `images` or `masks` is no float tensor (1, 3, H, W), (1, 1, H, W) in [0, 1]."""
+def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = (), batch: int = 1) -> None:
+    """Raise InputError if one of `images` or `masks` is no float tensor (B, 3, H, W), (B, 1, H, W) in [0, 1]."""
     for x, channels in [(x, 3) for x in images] + [(x, 1) for x in masks if x is not None]:
-        fits = isinstance(x, Tensor) and x.ndim == 4 and x.shape[:2] == (1, channels) and x.is_floating_point()
+        fits = isinstance(x, Tensor) and x.ndim == 4 and x.shape[:2] == (batch, channels) and x.is_floating_point()
         if not fits or not -0.01 < x.min() <= x.max() < 1.01:
             got = getattr(x, "shape", type(x))
-            raise InputError(f"not a float tensor (1, {channels}, H, W) with values from 0 to 1: {got}")
+            raise InputError(f"not a float tensor ({batch}, {channels}, H, W) with values from 0 to 1: {got}")
 
 
 def check_memory(x: Tensor, bytes_a_pixel: int) -> None:
-    """Raise InputError if images (B, 3, H, W) need more memory than there is: Linux would end the program."""
+    """Raise InputError if x is no images (B, 3, H, W), or takes more memory than there is: Linux would end it."""
+    check_images([x], batch=len(x) if isinstance(x, Tensor) else 1)
     memory, need = math.inf, bytes_a_pixel * x[:, 0].numel()
     if x.is_cuda:
         memory = torch.cuda.get_device_properties(x.device).total_memory

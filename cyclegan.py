@@ -282,10 +282,10 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
 def translate(network: Generator, x: Tensor, precision: str = "auto", exact: bool = False) -> Tensor:
     """Translate (B, 3, H, W) in [0, 1] of any size from 5 px a side. If it is to be `exact`, `auto` is float32."""
+    common.check_memory(x, 15 * network.model[1].out_channels)
     height, width = x.shape[-2:]
     if min(height, width) < 5:
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
-    common.check_memory(x, 15 * network.model[1].out_channels)
     # Multiples of 4; and 8 at least, as the residual blocks need 2 px at a quarter of the size.
     right, below = (max(8, math.ceil(side / 4) * 4) - side for side in (width, height))
     padded = nnf.pad(x, (0, right, 0, below), mode="reflect")
@@ -424,7 +424,9 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
         network.load_state_dict({name: value.float() for name, value in weights.items()})
         load_size = state.get("args", state.get("settings", {})).get("load_size")  # "settings": of older files
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise InputError(f"{path} is no model of cyclegan.py, nor a generator of its authors' code") from error
+        other = ", but a U-Net" if "model.model.0.weight" in state else ""
+        other = ", but has batch norm" if "model.2.weight" in state else other
+        raise InputError(f"{path} is no model of cyclegan.py, nor a ResNet generator of its authors{other}") from error
     if not common.all_finite(network.state_dict()):
         raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
     return network.eval(), Namespace(authors=authors, load_size=load_size)

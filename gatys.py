@@ -108,6 +108,7 @@ class Objective:
 
 def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterator[Frame]:
     """Paint `content` in the style of `styles`, of any size; yield the picture and its losses after every step."""
+    common.check_memory(content, 3000)
     x = None
     for factor, steps in scale_steps(args, content):
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")

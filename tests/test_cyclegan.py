@@ -17,7 +17,9 @@ from torch import nn
 
 import common
 import cyclegan
-from common import InputError, load_image
+import gatys
+import johnson
+from common import InputError, load_image, to_pil
 from cyclegan import CycleGAN, Generator, PatchDiscriminator, load_generator, translate
 
 
@@ -258,8 +260,28 @@ def test_averaged_weights():
     assert torch.equal(network.state_dict()[key], ours[2]["G_ema"]["module." + key])
 
 
-def test_authors_generators_with_dropout_load():
+def test_authors_generators_of_other_kinds_load_or_are_named():
     G = cyclegan.Generator(blocks=2, width=4)
     state = {key.replace("conv_block.5.", "conv_block.6."): value for key, value in G.state_dict().items()}
     torch.save(state, "dropout.pth")
     assert equal(cyclegan.load_generator(Path("dropout.pth"))[0].state_dict(), G.state_dict())
+    for name, word in (("model.model.0.weight", "U-Net"), ("model.2.weight", "batch norm")):
+        torch.save({name: torch.rand(4), "model.1.weight": torch.rand(4, 3, 7, 7)}, "other.pth")
+        with pytest.raises(InputError, match=word):
+            cyclegan.load_generator(Path("other.pth"))
+
+
+def test_what_is_no_picture_or_too_large_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 3000)  # pages, of as many bytes
+    networks = johnson.TransformNet().eval(), Generator(1, 4).eval()
+    vast = torch.zeros(1, 3, 400, 400)
+    for x, word in (
+        (to_pil(torch.rand(3, 9, 9)), "Image"),
+        (255 * torch.ones(1, 3, 9, 9), "0 to 1"),
+        (vast, "px would fit"),
+    ):
+        for network, function in zip(networks, (johnson.stylize, translate), strict=True):
+            with pytest.raises(InputError, match=word):
+                function(network, x)
+        with pytest.raises(InputError, match=word):
+            gatys.stylize(x, [torch.rand(1, 3, 64, 64)])
