@@ -291,10 +291,11 @@ def match_luminance(style: Tensor, content: Tensor) -> Tensor:
 
 
 def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
-    """After painting, scale a picture up to the size of `content`, and put colours back if it was painted in grey."""
+    """After painting, scale a picture to the size of `content`, and put back colours, if it is grey, and transparency."""
     if picture.shape != content.shape:
         picture = nnf.interpolate(picture, content.shape[-2:], mode="bicubic").clamp(0, 1)
-    return keep_color(picture, content) if args.preserve_color == "luminance" else picture
+    picture = keep_color(picture, content) if args.preserve_color == "luminance" else picture
+    return picture if args.alpha is None else torch.cat([picture.cpu(), args.alpha], dim=1)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -468,17 +469,19 @@ def run(args: Namespace, command: Sequence[str]) -> None:
 
 def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extras: dict, command: Sequence) -> None:
     """Paint a photo into `args.output` and `extras`. Whatever stops it, the best picture so far is written."""
-
-    def finished(picture: Tensor) -> Tensor:
-        picture = finish(picture, content, args).cpu()
-        return picture if args.alpha is None else torch.cat([picture, args.alpha], dim=1)
-
     if args.save_mask:
         common.save_image(fit(args.protect, content).expand_as(content), extras["_mask.png"])
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
     steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
-    best, best_step, losses, history, frames, stopped = None, 0, {}, [], [resize(finished(content), small)], None
+    best, best_step, losses, history, frames, stopped = (
+        None,
+        0,
+        {},
+        [],
+        [resize(finish(content, content, args), small)],
+        None,
+    )
     try:
         with tqdm(paint(*prepare_colors(content, styles, args), args), args.title, steps, unit="step") as bar:
             for step, (picture, terms) in enumerate(bar, 1):
@@ -487,9 +490,9 @@ def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extra
                     best, best_step, losses = picture, step, terms
                 bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in terms.items()), refresh=False)
                 if args.save_gif and (step == 1 or step % math.ceil(steps / 48) == 0):
-                    frames.append(resize(finished(picture), small))
+                    frames.append(resize(finish(picture, content, args), small))
                 if args.save_all:
-                    common.save_image(finished(picture), extras["_frames"] / f"{step:04d}.png")
+                    common.save_image(finish(picture, content, args), extras["_frames"] / f"{step:04d}.png")
     except (Exception, KeyboardInterrupt) as error:  # what there is, is saved first
         stopped = error
     if stopped and common.out_of_memory(stopped):
@@ -499,13 +502,13 @@ def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extra
         raise stopped
     text = ", ".join(f"{name} {value:.6g}" for name, value in losses.items())
     record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=text)
-    common.save_image(finished(best), args.output, record)
+    common.save_image(finish(best, content, args), args.output, record)
     if args.save_losses:
         common.save_losses(history, extras["_losses.csv"])
     if args.save_gif:
         fade = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
         shown = [(frame, 100.0) for frame in [*fade, *frames[1:]]]
-        common.save_animation([*shown, (resize(finished(best), small), 2000.0)], extras[".gif"])
+        common.save_animation([*shown, (resize(finish(best, content, args), small), 2000.0)], extras[".gif"])
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
         raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped
