@@ -291,7 +291,7 @@ def match_luminance(style: Tensor, content: Tensor) -> Tensor:
 
 
 def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
-    """After painting, scale a picture to the size of `content`, and put back colours, if it is grey, and transparency."""
+    """After painting, scale a picture to the size of `content`; give back colours, if it is grey, and transparency."""
     if picture.shape != content.shape:
         picture = nnf.interpolate(picture, content.shape[-2:], mode="bicubic").clamp(0, 1)
     picture = keep_color(picture, content) if args.preserve_color == "luminance" else picture
@@ -474,14 +474,8 @@ def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extra
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
     steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
-    best, best_step, losses, history, frames, stopped = (
-        None,
-        0,
-        {},
-        [],
-        [resize(finish(content, content, args), small)],
-        None,
-    )
+    frames = [resize(finish(content, content, args), small)]
+    best, best_step, losses, history, stopped = None, 0, {}, [], None
     try:
         with tqdm(paint(*prepare_colors(content, styles, args), args), args.title, steps, unit="step") as bar:
             for step, (picture, terms) in enumerate(bar, 1):
@@ -496,18 +490,17 @@ def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extra
     except (Exception, KeyboardInterrupt) as error:  # what there is, is saved first
         stopped = error
     if stopped and common.out_of_memory(stopped):
-        size = max(content.shape[-2:])  # of which 0.7 has half the pixels
-        stopped = InputError(f"out of memory at {size} px: about --image-size {int(0.7 * size)} is likely to fit")
+        size = int(0.7 * max(content.shape[-2:]))  # which has half the pixels
+        stopped = InputError(f"out of memory: about --image-size {size} is likely to fit")
     if best is None:
         raise stopped
-    text = ", ".join(f"{name} {value:.6g}" for name, value in losses.items())
-    record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=text)
+    record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=losses)
     common.save_image(finish(best, content, args), args.output, record)
     if args.save_losses:
         common.save_losses(history, extras["_losses.csv"])
     if args.save_gif:
-        fade = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
-        shown = [(frame, 100.0) for frame in [*fade, *frames[1:]]]
+        frames[:1] = [torch.lerp(frames[0], frames[1], k / 8) for k in range(8)]  # from the photo
+        shown = [(frame, 100.0) for frame in frames]
         common.save_animation([*shown, (resize(finish(best, content, args), small), 2000.0)], extras[".gif"])
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)

@@ -32,7 +32,7 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
     run("gatys.py", CONTENT, STYLE)
     assert files() == ["content_style.png"]
     assert load_image("content_style.png").shape == (1, 3, 32, 48)
-    for text in ("command: python gatys.py --image-size 48", torch.__version__, "seed: 0", "losses: total "):
+    for text in ("command: python gatys.py --image-size 48", torch.__version__, "seed: 0", "total"):
         assert text in provenance("content_style.png")
     assert capsys.readouterr().out == "content_style.png\n"
     assert str(gatys.parse_args(["a.jpg", "b.jpg", "c.png"]).output) == "a_b_c.png"
