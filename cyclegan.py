@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.datasets.utils import download_and_extract_archive
 
 import common
@@ -205,14 +205,17 @@ class CycleGAN:
         networks = {"G": G, "F": F, "D_X": PatchDiscriminator(args.width), "D_Y": PatchDiscriminator(args.width)}
         networks |= load_networks(args.start_from, args.upsample) if args.start_from else {}
         self.G, self.F, self.D_X, self.D_Y = (networks[name].to(device).train() for name in ("G", "F", "D_X", "D_Y"))
-        # Pictures are shown, and models exported, with weights that are averaged over the steps. The paper has no such.
-        average = get_ema_multi_avg_fn(args.ema)
-        self.G_ema, self.F_ema = (AveragedModel(network, multi_avg_fn=average) for network in (self.G, self.F))
+        # Samples and exported models have the averages of G and F over about the last tenth of the steps, 1000 at most:
+        # w_ema ← d · w_ema + (1 − d) · w  with d = min(ema, (1 + n)/(10 + n)) after n steps. The paper has no such.
+        self.G_ema, self.F_ema = (AveragedModel(network, avg_fn=self.average) for network in (self.G, self.F))
         self.discriminators = nn.ModuleList([self.D_X, self.D_Y])
         betas = args.beta1, 0.999
         self.optimizer_G = torch.optim.Adam(nn.ModuleList([self.G, self.F]).parameters(), args.lr, betas)
         self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), args.lr, betas)
         self.pool_X, self.pool_Y = (ImagePool(args.pool_size, 1000 * args.seed + k) for k in range(2))
+
+    def average(self, w_ema: Tensor, w: Tensor, n: Tensor) -> Tensor:
+        return torch.lerp(w, w_ema, ((1 + n) / (10 + n)).clamp(max=self.args.ema))
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Change the networks a little on x and y (B, 3, H, W) in [0, 1]; return the losses before."""
@@ -223,7 +226,7 @@ class CycleGAN:
         self.optimizer_G.zero_grad()
         losses["total"].backward()
         self.optimizer_G.step()
-        self.G_ema.update_parameters(self.G)  # w_ema ← ema · w_ema + (1 − ema) · w
+        self.G_ema.update_parameters(self.G)
         self.F_ema.update_parameters(self.F)
 
         # … then D_X and D_Y, on real pictures and on what the pools return for F(y) and G(x).

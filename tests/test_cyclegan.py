@@ -245,16 +245,16 @@ def test_a_training_goes_on_from_a_model(upsample):
 
 
 def test_averaged_weights():
-    """w_ema ← 0.9 w_ema + 0.1 w after each step, from the first step's weights on; they are what is exported."""
+    """w_ema ← d w_ema + (1 − d) w after each step, d = min(ema, (1 + n)/(10 + n)); they are what is exported."""
     save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")
     ours = []
     for steps in (1, 2, 3):
-        run("cyclegan.py train x y --ema 0.9 --lr 0.01 -o", f"r{steps}", "--max-steps", steps)
+        run("cyclegan.py train x y --ema 0.2 --lr 0.01 -o", f"r{steps}", "--max-steps", steps)
         ours.append(common.load_checkpoint(Path(f"r{steps}/checkpoint.pth")))
     key = "model.1.weight"
     expected = ours[0]["G"][key]
-    for state in ours[1:]:
-        expected = 0.9 * expected + 0.1 * state["G"][key]
+    for state, d in zip(ours[1:], (2 / 11, 0.2), strict=True):  # 3/12 would be more than --ema
+        expected = d * expected + (1 - d) * state["G"][key]
     assert torch.allclose(ours[2]["G_ema"]["module." + key], expected, atol=1e-6)
     network, _ = cyclegan.load_generator(Path("r3/checkpoint.pth"))
     assert torch.equal(network.state_dict()[key], ours[2]["G_ema"]["module." + key])
