@@ -277,6 +277,13 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
+    """Scale an image (1, C, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
+    size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
+    resized = nn.functional.interpolate(image.detach().float().cpu(), size, mode="bicubic", antialias=True)
+    return resized.clamp(0, 1).to(image.device)
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """Round (1, C, H, W) or (C, H, W), clamped to [0, 1], to bytes; C is 3, or 4 with α."""
     pixels = image.detach().reshape(-1, *image.shape[-2:]).float().clamp(0, 1).mul(255).round()
@@ -416,17 +423,23 @@ def is_animation(path: Path) -> bool:
 def transform_files(
     args: Namespace, tag: str, transform: Callable[[Tensor], Tensor], metadata: dict, shorter: int | None = None
 ) -> None:
-    """Write `transform` of all args.inputs. Of several, one that fails is passed over, and the exit status is 1."""
+    """Write `transform` of all args.inputs. Of several, one that fails is passed over, and the exit status is 1.
+
+    They are loaded at args.image_size; or at a `shorter` side of so many px, and the results are scaled to it.
+    """
+    size = None if shorter else args.image_size
 
     def result(image: Tensor) -> Tensor:
         """Leave α, and what is of one colour: instance norm would turn black and white into the same grey."""
         flat = bool((image == image[..., :1, :1]).all())
-        return torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
+        made = torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
+        longer = args.image_size if shorter else None
+        return made if longer is None else resize(made, longer / max(made.shape[-2:]))
 
     pairs, failed = plan_outputs(args.inputs, args.output, tag), 0
     for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
         try:
-            frames = ((result(image), time) for image, time in load_frames(source, args.image_size, shorter=shorter))
+            frames = ((result(image), time) for image, time in load_frames(source, size, shorter=shorter))
             if is_animation(source) and target.suffix.lower() in ANIMATIONS:
                 save_animation(frames, target)
             else:

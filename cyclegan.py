@@ -463,7 +463,7 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
     network, facts = load_generator(model, args.direction)
     network.to(device)
     precision = common.pick_precision(args.precision, device, exact=facts.authors)
-    shorter = None if args.image_size else facts.load_size  # of a horse four times as large it would make no zebra
+    shorter = facts.load_size  # of a horse four times as large it would make no zebra
     size = f", at a shorter side of {shorter} px" if shorter else ""
     print(f"computing on {device} in {precision}{size}", file=sys.stderr)
 
@@ -516,7 +516,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
     add("--direction", choices=["x2y", "y2x"], default="x2y", help="G, horse to zebra; or F, zebra to horse")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
-    size = "longer side of the result, in px (default: the shorter side as in training, or the input's own size)"
+    size = "scale results to this longer side, in px (default: the shorter side is that of the training)"
     add("--image-size", type=number(int, 1, 65536), help=size)
     common.add_device_arguments(sub)
     args = common.parse_args(parser, argv, outputs_of, {"upsample": "transposed", "ema": 0.0})

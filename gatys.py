@@ -31,7 +31,7 @@ from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 import common
-from common import VGG, InputError, gram_matrix, keep_color, load_frames, load_image, luminance, pool_mask, rescale
+from common import VGG, InputError, gram_matrix, keep_color, load_image, luminance, pool_mask, rescale, resize
 
 CONTENT_LAYERS = ("relu4_2",)
 STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
@@ -219,13 +219,6 @@ def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
 
 
-def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
-    """Scale an image (1, 3, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
-    size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
-    resized = nnf.interpolate(image.detach().float().cpu(), size, mode="bicubic", antialias=True)
-    return resized.clamp(0, 1).to(image.device)
-
-
 def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") -> Tensor:
     """Scale a mask (1, 1, h, w), or a picture, to the size of an image that has a margin; leave it on the CPU."""
     size = [side - 2 * margin for side in image.shape[-2:]]
@@ -401,7 +394,7 @@ def load_start(photo: Tensor, args: Namespace) -> Tensor:
 
 def load_mask(path: Path, center_crop: bool = False) -> Tensor:
     """Read a picture as a mask (1, 1, h, w): its luminance, from 0, black or transparent, to 1, white."""
-    image, _ = next(load_frames(path, None, center_crop))
+    image, _ = next(common.load_frames(path, None, center_crop))
     mask = torch.cat([luminance(image[:, :3]), image[:, 3:]], dim=1).prod(1, keepdim=True)  # α may be absent
     if mask.max() - mask.min() < 0.1:
         print(f"warning: the mask {path} has no contrast: it is {mask.mean():.0%} white everywhere", file=sys.stderr)
@@ -439,7 +432,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     ends = {".gif": args.save_gif, "_losses.csv": args.save_losses, "_losses.png": args.save_losses}
     ends |= {"_frames": args.save_all, "_mask.png": args.save_mask}
     device, style_size = common.pick_device(args.device), max(1, round(args.image_size * args.style_scale))
-    paintings = [next(load_frames(path, style_size, crop))[0] for path in args.styles]
+    paintings = [next(common.load_frames(path, style_size, crop))[0] for path in args.styles]
     args.style_masks = [load_mask(path, crop) for path in args.style_masks]
     args.painting_masks = [path and load_mask(path, crop) for path in args.painting_masks]
     for i, alpha in ((i, painting[:, 3:]) for i, painting in enumerate(paintings) if painting.shape[1] == 4):
@@ -453,7 +446,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         try:
             common.check_outputs([output, *extras.values()], [photo, *taken], common.FORMATS)
             taken += [output, *extras.values()]
-            image, _ = next(load_frames(photo, args.image_size, crop))
+            image, _ = next(common.load_frames(photo, args.image_size, crop))
             content, one["alpha"] = image[:, :3].to(device), image[:, 3:] if image.shape[1] == 4 else None
             one["protect"] = find_faces(content) if args.protect == "faces" else args.protect
             styles = [painting[:, :3].to(device) for painting in paintings]

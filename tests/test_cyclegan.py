@@ -202,6 +202,8 @@ def test_pictures_are_translated_at_the_size_of_training():
     for flags, shape in (("", (30, 60)), ("--direction y2x", (30, 60)), ("--image-size 24", (12, 24))):
         run(f"{command} in/b.png -o made.png {flags}")
         assert load_image("made.png").shape == (1, 3, *shape)
+    run(f"{command} in/b.png -o default.png")
+    torch.testing.assert_close(load_image("made.png"), load_image("default.png", 24), rtol=0, atol=0.05)
     run(f"{command} in -o out")
     assert [str(path) for path in common.find_images(Path("out"))] == ["out/b.png", "out/deep/a.png"]
 
