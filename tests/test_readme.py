@@ -47,6 +47,7 @@ def folder(monkeypatch):
     monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])  # an extra: tested in test_gatys.py
     monkeypatch.setattr(cyclegan, "download", lambda name: Path("data", name))
     shutil.copytree(ROOT / "examples", "examples")
+    shutil.copytree(ROOT / "models", "models")
     parts = [f"data/{name}/{part}" for name in cyclegan.DATASETS for part in ("trainA", "trainB", "testA", "testB")]
     for name in ("train2014", "frames", *parts):  # what is downloaded, or made by ffmpeg, in the lines before
         save_noise(*(f"{name}/{k}.png" for k in range(6)), size=(40, 36))
