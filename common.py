@@ -238,6 +238,7 @@ def load_frames(
                 with suppress(Exception):  # broken EXIF data do no harm to the pixels
                     image = ImageOps.exif_transpose(image)
                 alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+                alpha = None if alpha and alpha.getextrema()[0] == 255 else alpha  # opaque all over
                 image = _to_srgb(image)
                 if alpha:
                     image.putalpha(alpha)

@@ -260,6 +260,13 @@ def test_a_cut_out_keeps_its_transparency(cutout, suffix):
     assert load_image("out.jpg")[0, :, 0, 0].min() > 0.97  # over white
 
 
+def test_an_opaque_picture_with_an_alpha_channel_is_one_without():
+    save_noise("a.png")
+    with Image.open("a.png") as image:
+        image.convert("RGBA").save("b.png")
+    assert torch.equal(next(load_frames("a.png"))[0], next(load_frames("b.png"))[0])
+
+
 def test_frames_of_one_colour_keep_it_and_nothing_opaque_is_an_error():
     frames = [Image.new("RGB", (12, 12), color) for color in ("black", "white")]
     frames[0].save("fade.png", save_all=True, append_images=frames[1:], duration=50)
