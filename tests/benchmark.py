@@ -1,8 +1,7 @@
 """Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, all rows by default.
 
-Each row has the time and memory of a step, and the time of the same step as it is commonly written, in float32, in
-turns with it. At larger sizes it says how the time grows: side^2 is in proportion to the pixels. The last rows have the
-claims of Johnson's Fig. 5 and Table 1, and how far translated horses are from zebras.
+Each row has the time and memory of a step, and in turns with it the same step as it is commonly written, in float32. How
+time grows: side^2 is in proportion to the pixels. The last rows have Johnson's claims, and distances of zebras.
 """
 
 import argparse
@@ -79,9 +78,8 @@ def johnson_stylize(size):
 
 def cyclegan_step(size):
     x, y = torch.rand(2, 1, 3, size, size, device=DEVICE)  # batch 1, 9 blocks; plainly it is the same in float32
-    ours, plain = (
-        cyclegan.CycleGAN(cyclegan.parse_args(["train", "", ""]), DEVICE, p) for p in (PRECISION, torch.float32)
-    )
+    args = cyclegan.parse_args(["train", "", ""])
+    ours, plain = (cyclegan.CycleGAN(args, DEVICE, precision) for precision in (PRECISION, torch.float32))
     return lambda: ours.step(x, y), lambda: plain.step(x, y)
 
 
