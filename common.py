@@ -168,7 +168,7 @@ def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = (), 
 
 
 def check_memory(x: Tensor, bytes_a_pixel: int) -> None:
-    """Raise InputError if x is no images (B, 3, H, W), or takes more memory than there is: Linux would end it."""
+    """Raise InputError if x is no batch of images (B, 3, H, W), or needs more memory than the machine has."""
     check_images([x], batch=len(x) if isinstance(x, Tensor) else 1)
     memory, need = math.inf, bytes_a_pixel * x[:, 0].numel()
     if x.is_cuda:
@@ -225,7 +225,7 @@ def load_frames(
 
     Most files have one frame. Transparent ones are (1, 4, H, W): the last channel is α, from 0, transparent, to 1. EXIF
     orientation is applied, an ICC profile converted to sRGB. `size` is the longer side in px, `shorter` the other one;
-    without them the own size is kept. `center_crop` keeps only the central square. InputError if the file is
+    without them, the image keeps its size. `center_crop` keeps only the central square. InputError if the file is
     missing, no image, damaged, or if nothing in it is opaque.
     """
     try:
@@ -237,25 +237,29 @@ def load_frames(
                 milliseconds = image.info.get("duration", 100)
                 with suppress(Exception):  # broken EXIF data do no harm to the pixels
                     image = ImageOps.exif_transpose(image)
+                if image.mode[0] in "IF":  # Pillow cannot tell their transparent colour
+                    image.info.pop("transparency", None)
                 alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-                alpha = None if alpha and alpha.getextrema()[0] == 255 else alpha  # opaque all over
-                image = _to_srgb(image)
-                if alpha:
-                    image.putalpha(alpha)
-                if center_crop:
-                    image = ImageOps.fit(image, (min(image.size),) * 2, Image.Resampling.LANCZOS)
-                if size or shorter:
-                    scale = size / max(image.size) if size else shorter / min(image.size)
-                    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
                 if alpha and not alpha.getextrema()[1] and getattr(file, "n_frames", 1) == 1:
-                    raise InputError("nothing in it is opaque")
-                yield to_tensor(image).unsqueeze(0), milliseconds
+                    raise InputError(f"nothing in {path} is opaque")
+                layers = [_to_srgb(image)]  # and α apart: Pillow blackens what is transparent when it resizes both
+                if alpha and alpha.getextrema()[0] < 255:
+                    layers.append(alpha)
+                if center_crop:
+                    layers = [ImageOps.fit(layer, [min(layer.size)] * 2, Image.Resampling.LANCZOS) for layer in layers]
+                if size or shorter:
+                    sides = layers[0].size
+                    scale = size / max(sides) if size else shorter / min(sides)
+                    sides = [max(1, round(side * scale)) for side in sides]
+                    layers = [layer.resize(sides, Image.Resampling.LANCZOS) for layer in layers]
+                yield torch.cat([to_tensor(layer) for layer in layers]).unsqueeze(0), milliseconds
+    except (InputError, MemoryError):
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        reason = error if isinstance(error, InputError) else type(error).__name__
-        frames = dict.fromkeys(FILMS, f"take a film apart, as by ffmpeg -i {path} frames/%05d.png")
-        advice = {".heic": "pip install pillow-heif"} | frames
+        films = dict.fromkeys(FILMS, f"take a film apart, as by ffmpeg -i {path} frames/%05d.png")
+        advice = {".heic": "pip install pillow-heif"} | films
         what = advice.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
-        raise InputError(f"cannot read {path} as an image ({reason}): {what}") from error
+        raise InputError(f"cannot read {path} as an image ({type(error).__name__}): {what}") from error
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -263,7 +267,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # grey of 16 or 32 bits, or of floats: convert("L") would clip, not scale
         white = 1 if image.mode == "F" else 65535
         image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
-    if image.has_transparency_data:  # colours go on into what is transparent, so that none that is not seen bleeds
+    if image.has_transparency_data:  # so that hidden colours do not bleed into visible ones, these go on into them
         image = image.convert("RGBA")
         mean = ImageStat.Stat(image.convert("RGB"), image.getchannel("A")).mean
         layers = Image.new("RGBA", image.size, tuple(map(round, mean)))
@@ -301,7 +305,11 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, object] | No
 def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
     """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF, WebP or PNG that repeats for ever."""
     images, times = zip(*((to_pil(image), time) for image, time in frames), strict=True)
-    _save(images[0], path, save_all=True, append_images=images[1:], duration=times, loop=0)
+    options = {"duration": times, "loop": 0}
+    if any(image.mode == "RGBA" for image in images):
+        images = [image.convert("RGBA") for image in images]
+        options |= {"disposal": 2} if path.suffix.lower() == ".gif" else {}  # clears the frame before
+    _save(images[0], path, save_all=True, append_images=images[1:], **options)
 
 
 def _save(image: Image.Image, path: Path, **options: Any) -> None:
@@ -342,7 +350,7 @@ def save_losses(history: Sequence[dict[str, float]], table: Path) -> None:
 
 
 def find_images(folder: Path, but: Path | None = None) -> list[Path]:
-    """Return what Pillow can read in `folder` and the folders in it, in order; but nothing hidden, nor in `but`."""
+    """List what Pillow can read in `folder` and the folders in it, in order; nothing hidden, nor in the folder `but`."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, but = [], but and but.resolve()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -350,7 +358,7 @@ def find_images(folder: Path, but: Path | None = None) -> list[Path]:
         files += [Path(place, name) for name in names if name[0] != "."]
     images = sorted(path for path in files if path.suffix.lower() in readable)
     if others := len(files) - len(images):
-        print(f"{folder}: {others} files are no pictures that can be read, and passed over", file=sys.stderr)
+        print(f"{folder}: {others} files are passed over, as no readable pictures", file=sys.stderr)
     if not images:
         raise InputError(f"no images in {folder}" if folder.is_dir() else f"no such folder: {folder}")
     return images
@@ -373,13 +381,13 @@ def write_file(data: bytes | memoryview | None, path: Path) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path] = (), suffixes: Collection[str] = ()) -> None:
-    """Raise InputError, before the work, if an output cannot be written, or is an input, or in one, or around one."""
+    """Raise InputError, before the work, if an output cannot be written, or lies in an input, or around one."""
     if suffixes and outputs[0].suffix.lower() not in suffixes:
         raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
-    for path in outputs:
-        for other in inputs:
+    for i, path in enumerate(outputs):
+        for other in (*inputs, *outputs[:i]):
             if path.resolve().is_relative_to(other.resolve()) or other.resolve().is_relative_to(path.resolve()):
-                raise InputError(f"{path} would write over {other}, an input: choose another --output")
+                raise InputError(f"{path} would write over {other}, an input or another result: choose another name")
         if path.is_dir() and not path.name.endswith("_frames"):
             raise InputError(f"cannot write {path}: it is a folder")
         write_file(None, path)
@@ -431,8 +439,8 @@ def transform_files(
     size = None if shorter else args.image_size
 
     def result(image: Tensor) -> Tensor:
-        """Leave α, and what is of one colour: instance norm would turn black and white into the same grey."""
-        flat = bool((image == image[..., :1, :1]).all())
+        """Keep α, and a frame of a single colour: instance norm would turn black and white into the same grey."""
+        flat = bool((image[:, :3] == image[:, :3, :1, :1]).all())
         made = torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
         longer = args.image_size if shorter else None
         return made if longer is None else resize(made, longer / max(made.shape[-2:]))
@@ -521,15 +529,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=number(int), default=2, help="processes that load pictures")
     add("--seed", type=number(int, most=2**30), default=0, help="of the initial weights, the order and the crops")
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="STEPS", help="write all that can be resumed")
-    add(
-        "--resume", action="store_true", help="go on from this output's checkpoint, if any; flags given replace its own"
-    )
+    resume = "go on from this output's checkpoint, if there is one; flags that are given replace its own"
+    add("--resume", action="store_true", help=resume)
 
 
 def parse_args(
     parser: argparse.ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]], older: dict
 ) -> Namespace:
-    """Parse a subcommand. With --resume, what it does not say is as in the checkpoint, the first of its outputs.
+    """Parse a subcommand. With --resume, flags that are not given are taken from the checkpoint, its first output.
 
     `older` are flags that checkpoints did not always have, with what was done then.
     """
@@ -540,13 +547,20 @@ def parse_args(
     args = parse(argv[1:], Namespace(command=argv[0]))
     if argv[0] != "train" or not (found := [path for path in outputs_of(args) if path.exists()]):
         return args
-    if not args.resume or not found[0].name.endswith("checkpoint.pth"):
-        raise InputError(f"{found[0]} exists: continue that training with --resume, or choose another --output")
+    if not args.resume or found[0] != outputs_of(args)[0]:
+        advice = "continue that training with --resume, or " if found[0] == outputs_of(args)[0] else ""
+        raise InputError(f"{found[0]} exists: {advice}choose another --output")
     before = older | load_checkpoint(found[0]).get("args", {})
     before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
+    if before.get("start_from"):  # the checkpoint has the network itself
+        before["start_from"] = [str(found[0])] if isinstance(before["start_from"], list) else str(found[0])
     commands[argv[0]].set_defaults(**before)
     now = plain(args := parse(argv[1:], Namespace(command=argv[0])))
-    changes = [f"{name} {before[name]} → {now[name]}" for name in sorted(before) if now[name] != before[name]]
+    changes = [
+        f"{name} {before[name]} → {now[name]}"
+        for name in sorted(before)
+        if now[name] != before[name] and name != "start_from"
+    ]
     if changes:
         print("resuming:", ", ".join(changes), file=sys.stderr)
     return args
@@ -572,9 +586,8 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
-        message = (
-            str(error).strip().split("\n")[-1].removeprefix("common.InputError: ")
-        )  # of a worker's: not its traceback
+        # The last line, as that of a process that loads pictures has a traceback before it.
+        message = str(error).strip().split("\n")[-1].removeprefix("common.InputError: ")
         if out_of_memory(error):
             message = "out of memory: choose a smaller size, or batch, or --workers 0"
         elif isinstance(error, RuntimeError):
@@ -600,7 +613,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        x = torch.zeros(1, device=name)
+        x.tolist()  # the device `meta` has no values
+        return x.device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name} is not there: choose auto, cpu, cuda, cuda:1, … or mps") from error
 
@@ -788,9 +803,7 @@ class Training:
         if due:
             finite &= all(all_finite(part.state_dict()) for part in self.parts.values() if isinstance(part, nn.Module))
         if not finite:
-            raise InputError(
-                f"the loss is not finite in step {self.step}: --resume {self.checkpoint} at a smaller --lr"
-            )
+            raise InputError(f"the loss is not finite in step {self.step}: add --resume and a smaller --lr")
         if due:
             self.save()
         if self.stopping:

@@ -253,7 +253,7 @@ def lr_factor(epoch: int, epochs: int, decay_epochs: int) -> float:
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
     inputs = [Path(folder, path) for path in args.data for folder in (".", "data")]  # data/: downloaded sets
-    inputs += map(Path, args.start_from or ())
+    inputs += map(Path, args.start_from if args.start_from and not args.resume else ())
     common.check_outputs(outputs_of(args), inputs)
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
@@ -359,7 +359,7 @@ def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") 
 
 
 def outputs_of(args: Namespace) -> list[Path]:
-    """Name the files of a training that another must not replace, the checkpoint first."""
+    """List the files that another training must not overwrite, the checkpoint first."""
     return [args.output / "checkpoint.pth", *([args.export] if args.export else [])]
 
 
@@ -451,9 +451,14 @@ def load_networks(files: Sequence[str], upsample: str) -> dict[str, nn.Module]:
                 weight = layer.weight.transpose(0, 1).flip(2, 3)
                 network.model[i].load_state_dict({"weight": weight, "bias": layer.bias})
     state = common.load_checkpoint(paths[0])
-    for name in {"D_X", "D_Y"} & state.keys():
-        networks[name] = PatchDiscriminator(len(state[name]["model.0.weight"]))
-        networks[name].load_state_dict(state[name])
+    if len(paths) > 2 or (len(paths) == 2 and "G" in state):
+        raise InputError("--start-from takes one file of this script, or two of the authors' code")
+    try:
+        for name in {"D_X", "D_Y"} & state.keys():
+            networks[name] = PatchDiscriminator(len(state[name]["model.0.weight"]))
+            networks[name].load_state_dict(state[name])
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise InputError(f"{paths[0]} has discriminators of another architecture") from error
     return networks
 
 
@@ -503,8 +508,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--width", type=number(int, 1, 4096), default=64, help="channels of the networks' first layer")
     upsample = "how G and F make pictures larger; the paper's is transposed"
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help=upsample)
-    add("--ema", type=number(most=1), default=0.999, help="averages G and F for samples and export; the paper's is 0")
-    models = "go on from its weights: one that this has made, or two of the authors' code, X → Y and Y → X"
+    add(
+        "--ema",
+        type=number(most=1),
+        default=0.999,
+        help="decay of the running averages of G and F, for samples and export; the paper has 0",
+    )
+    models = "start with its weights, in its size: a file of this script, or two of the authors', X → Y and Y → X"
     add("--start-from", nargs="+", metavar="MODEL", help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
     common.add_training_arguments(sub)

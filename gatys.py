@@ -314,7 +314,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help="each half the next")
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs; for adam 0.02, of the range of a pixel)")
-    add("--init", default="recolored", help=f"{', '.join(STARTS)} (the paper's), or a picture, to go on at one scale")
+    add("--init", default="recolored", help=f"{', '.join(STARTS)} (the paper's), or a picture to continue from")
     add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's (default: the painting's)")
     add("--style-masks", **masks, help="where in the photo each style goes: white on black; the last gets the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
@@ -340,7 +340,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         (len(args.style_masks) not in (0, n - 1, n), f"--style-masks needs one for each of {n} styles, or one less"),
         (len(args.painting_masks) not in (0, n), f"--painting-masks needs one for each of {n} styles"),
         (len(blend) != n or (n and not sum(blend)), f"--style-blend needs one for each of {n} styles, not all 0"),
-        (args.init not in STARTS and not Path(args.init).is_file(), f"--init is no file, nor {', '.join(STARTS)}"),
+        (
+            args.init not in STARTS and not Path(args.init).is_file(),
+            f"--init {args.init} is no file, nor {', '.join(STARTS)}",
+        ),
         (n > 4 and not (args.style_blend or args.style_masks or args.painting_masks), f"{n} styles given: {advice}"),
         (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
         (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),
@@ -424,7 +427,10 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     """Paint the photo, or all of a folder: one that fails is passed over then, and the exit status is 1 in the end."""
     pairs, crop, failed = [(args.content, args.output)], args.center_crop, 0
     if args.content.is_dir():
-        pairs = common.plan_outputs([args.content], args.output, "")
+        planned = common.plan_outputs([args.content], args.output, "")
+        pairs = [
+            (photo, to if to.suffix.lower() in common.FORMATS else to.with_suffix(".png")) for photo, to in planned
+        ]
     for path in filter(Path.is_dir, args.styles):
         raise InputError(f"{path} is a folder: name its paintings one by one; a folder of photos is named first")
     files = (*args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
@@ -441,7 +447,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     args.protect = args.protect if args.protect in (None, "faces") else load_mask(Path(args.protect), crop)
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
     for number, (photo, output) in enumerate(pairs, 1):
-        extras = {end: Path(f"{output.with_suffix('')}{end}") for end, wanted in ends.items() if wanted}
+        extras = {end: Path(f"{output.parent / output.stem}{end}") for end, wanted in ends.items() if wanted}
         one = {"output": output, "title": f"{number}/{len(pairs)} {photo.name}" if len(pairs) > 1 else None}
         try:
             common.check_outputs([output, *extras.values()], [photo, *taken], common.FORMATS)

@@ -205,7 +205,8 @@ def lr_factor(iteration: int, iterations: int, decay_iterations: int) -> float:
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W as the command line says (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    common.check_outputs(outputs_of(args), [path for path in (args.style, args.data, args.start_from) if path])
+    start_from = [args.start_from] if args.start_from and not args.resume else []
+    common.check_outputs(outputs_of(args), [args.style, args.data, *start_from])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     samples, files = common.hold_out(common.find_images(args.data), args.image_size)
@@ -280,8 +281,9 @@ def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor
 
 
 def outputs_of(args: Namespace) -> list[Path]:
-    """Name the files of a training that another must not replace, the checkpoint first."""
-    return [args.output.with_suffix(suffix) for suffix in (".checkpoint.pth", args.output.suffix, ".samples.jpg")]
+    """List the files that another training must not overwrite, the checkpoint first."""
+    checkpoint, samples = (args.output.parent / (args.output.stem + end) for end in (".checkpoint.pth", ".samples.jpg"))
+    return [checkpoint, args.output, samples]
 
 
 @torch.no_grad()

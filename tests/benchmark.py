@@ -1,7 +1,7 @@
 """Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, all rows by default.
 
-Each row has the time and memory of a step, and in turns with it the same step as it is commonly written, in float32. How
-time grows: side^2 is in proportion to the pixels. The last rows have Johnson's claims, and distances of zebras.
+Each row has the time and memory of a step, and in turns with it the same step as it is commonly written, in float32.
+Time ∝ side^2 is in proportion to the pixels. The last rows have Johnson's claims, and distances of zebras.
 """
 
 import argparse

@@ -246,6 +246,19 @@ def test_a_training_goes_on_from_a_model(upsample):
     assert equal(common.load_checkpoint(Path("b/checkpoint.pth"))["D_X"], state["D_X"])
 
 
+def test_a_training_that_started_from_a_model_is_resumed_without_it(fails):
+    save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")
+    run("cyclegan.py train x y -o a --export m.pth --width 8")
+    for folder, steps in (("b", 2), ("c", 1)):
+        run("cyclegan.py train x y --epochs 9 --start-from m.pth -o", folder, "--max-steps", steps)
+    Path("m.pth").unlink()
+    run("cyclegan.py train x y -o c --max-steps 2 --resume")
+    b, c = (common.load_checkpoint(Path(folder, "checkpoint.pth")) for folder in "bc")
+    assert all(equal(b[name], c[name]) for name in ("G", "F", "D_X", "D_Y", "G_ema", "optimizer_G", "pool_X"))
+    for flags in ("--export d/checkpoint.pth", "--start-from a/checkpoint.pth c/checkpoint.pth"):
+        assert "checkpoint.pth" in fails(f"cyclegan.py train x y -o d {flags}").replace("one file", "checkpoint.pth")
+
+
 def test_averaged_weights():
     """w_ema ← d w_ema + (1 − d) w after each step, d = min(ema, (1 + n)/(10 + n)); they are what is exported."""
     save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")

@@ -239,6 +239,7 @@ def cutout():
     pixels[1] = 1.0
     inside = torch.hypot(*(torch.meshgrid(*[torch.arange(40.0) - 20] * 2, indexing="ij"))) < 12
     pixels[:, inside] = torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None]
+    pixels[0, 20, 19] = 0.9  # what is of one colour would stay as it is
     for suffix in (".png", ".webp", ".tif"):
         common.save_image(pixels, f"cut{suffix}")
     return inside
@@ -249,7 +250,9 @@ def test_a_cut_out_keeps_its_transparency(cutout, suffix):
     """What cannot be seen has no part in what can: the colours of opaque pixels go on into it."""
     image, _ = next(load_frames(f"cut{suffix}"))
     assert torch.equal(image[0, 3] > 0.5, cutout)
-    assert (image[0, :3] - torch.tensor([1.0, 0, 0])[:, None, None]).abs().mean() < 0.05
+    for options in ({}, {"size": 30}, {"center_crop": True, "shorter": 60}):
+        image, _ = next(load_frames(f"cut{suffix}", **options))
+        assert (image[0, :3] - torch.tensor([1.0, 0, 0])[:, None, None]).abs().mean() < 0.05
     seen = []
     transform(f"cut{suffix}", f"out{suffix}", lambda x: seen.append(x) or 1 - x)
     assert seen[0].shape == (1, 3, 40, 40)
@@ -258,6 +261,16 @@ def test_a_cut_out_keeps_its_transparency(cutout, suffix):
     assert result[0, :3, 20, 20].tolist() == pytest.approx([0, 1, 1], abs=0.02)
     transform(f"cut{suffix}", "out.jpg")
     assert load_image("out.jpg")[0, :, 0, 0].min() > 0.97  # over white
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_what_moves_on_transparent_ground_leaves_no_trail(suffix):
+    frames = torch.zeros(4, 1, 4, 20, 40)
+    for k, frame in enumerate(frames):
+        frame[0, :, 5:15, 10 * k : 10 * k + 8] = 1
+    common.save_animation(((frame, 50.0) for frame in frames), Path(f"a{suffix}"))
+    shown = [image[0, 3] for image, _ in load_frames(f"a{suffix}")]
+    assert torch.equal(torch.stack(shown).round(), frames[:, 0, 3])
 
 
 def test_an_opaque_picture_with_an_alpha_channel_is_one_without():
@@ -272,6 +285,10 @@ def test_frames_of_one_colour_keep_it_and_nothing_opaque_is_an_error():
     frames[0].save("fade.png", save_all=True, append_images=frames[1:], duration=50)
     transform("fade.png", None, lambda x: x * 0 + 0.5)
     assert [image.mean().item() for image, _ in load_frames("fade_t.png")] == [0, 1]
+    frames[0].putalpha(Image.linear_gradient("L").resize((12, 12)))
+    frames[0].save("icon.png")
+    transform("icon.png", "icon_t.png", lambda x: x * 0 + 0.5)
+    assert load_image("icon_t.png").max() == 0
     Image.new("RGBA", (12, 12), (255, 0, 0, 0)).save("nothing.png")
     with pytest.raises(InputError, match="opaque"):
         load_image("nothing.png")

@@ -144,7 +144,7 @@ def test_what_the_command_line_says_is_taken_and_told(training, capsys):
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(training, fails):
     run(training.format("a"), 4)
     before = state("a")
-    assert "checkpoint.pth" in fails(training.format("a"), 30, "--lr", "1e30", "--resume")
+    assert "smaller --lr" in fails(training.format("a"), 30, "--lr", "1e30", "--resume")
     assert equal(state("a"), before)
     run(training.format("a"), 30, "--lr", "1e-4", "--resume")
     assert state("a")["step"] == 30
