@@ -350,7 +350,7 @@ def save_losses(history: Sequence[dict[str, float]], table: Path) -> None:
 
 
 def find_images(folder: Path, but: Path | None = None) -> list[Path]:
-    """List what Pillow can read in `folder` and the folders in it, in order; nothing hidden, nor in the folder `but`."""
+    """List what Pillow can read in `folder` and folders in it, in order; nothing hidden, nor in the folder `but`."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, but = [], but and but.resolve()
     for place, folders, names in os.walk(folder, followlinks=True):
