@@ -205,7 +205,8 @@ def keep_color(image: Tensor, photo: Tensor) -> Tensor:
 JPEG = {"quality": 95, "subsampling": 0}  # Pillow's options for saving
 FORMATS: dict[str, Any] = {".png": {}, ".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}, ".tif": {}, ".tiff": {}}
 ANIMATIONS = (".gif", ".webp", ".png")
-FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+FILM = "take a film apart, as by ffmpeg -i FILM frames/%05d.png"
+ADVICE = {".heic": "pip install pillow-heif", ".mp4": FILM, ".mov": FILM, ".mkv": FILM, ".webm": FILM, ".avi": FILM}
 NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many: they stand in a damaged header, rather than in a scan
@@ -256,10 +257,8 @@ def load_frames(
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        films = dict.fromkeys(FILMS, f"take a film apart, as by ffmpeg -i {path} frames/%05d.png")
-        advice = {".heic": "pip install pillow-heif"} | films
-        what = advice.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
-        raise InputError(f"cannot read {path} as an image ({type(error).__name__}): {what}") from error
+        advice = ADVICE.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
+        raise InputError(f"cannot read {path} as an image ({type(error).__name__}): {advice}") from error
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -428,9 +428,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     pairs, crop, failed = [(args.content, args.output)], args.center_crop, 0
     if args.content.is_dir():
         planned = common.plan_outputs([args.content], args.output, "")
-        pairs = [
-            (photo, to if to.suffix.lower() in common.FORMATS else to.with_suffix(".png")) for photo, to in planned
-        ]
+        pairs = [(photo, to.with_suffix(".png") if to.suffix == ".gif" else to) for photo, to in planned]
     for path in filter(Path.is_dir, args.styles):
         raise InputError(f"{path} is a folder: name its paintings one by one; a folder of photos is named first")
     files = (*args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
