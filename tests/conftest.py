@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import common
 import cyclegan
@@ -67,6 +68,13 @@ def save_noise(*paths, size=(48, 48)):
     for number, path in enumerate(map(Path, paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil(torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))).save(path)
+
+
+def provenance(path):
+    """Read what a picture tells of how it was made, as one text."""
+    with Image.open(path) as picture:
+        texts = getattr(picture, "text", {})  # of a PNG
+        return "; ".join(f"{key}: {value}" for key, value in texts.items()) or picture.getexif()[0x010E]
 
 
 def equal(a, b):
