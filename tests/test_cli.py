@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, run, save_noise, split
+from conftest import SCRIPTS, provenance, run, save_noise, split
 from PIL import Image
 
 import cyclegan
@@ -31,12 +31,9 @@ def files(folder="."):
 def test_the_default_output_is_named_after_the_inputs(capsys):
     run("gatys.py", CONTENT, STYLE)
     assert files() == ["content_style.png"]
-    with Image.open("content_style.png") as picture:
-        assert picture.size == (48, 32)
-        assert picture.text["command"].startswith("python gatys.py --image-size 48")
-        assert picture.text["seed"] == "0"
-        assert torch.__version__ in picture.text["versions"]
-        assert picture.text["losses"].startswith("total ")
+    assert load_image("content_style.png").shape == (1, 3, 32, 48)
+    for text in ("command: python gatys.py --image-size 48", torch.__version__, "seed: 0", "losses: total "):
+        assert text in provenance("content_style.png")
     assert capsys.readouterr().out == "content_style.png\n"
     assert str(gatys.parse_args(["a.jpg", "b.jpg", "c.png"]).output) == "a_b_c.png"
     assert str(gatys.parse_args(["a.jpg", "--style-weight", "0"]).output) == "a_inversion.png"
@@ -51,8 +48,8 @@ def test_everything_that_can_be_saved():
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 7)]
     assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", "a_mask.png", *frames])
     with Image.open("new/a.gif") as animation:
-        assert animation.n_frames > 6  # it fades from the photo into the first of the six
-    assert (load_image("new/a.gif") - load_image(CONTENT, 48)).abs().mean() < 0.1
+        assert animation.n_frames > 6
+    assert (load_image("new/a.gif") - load_image(CONTENT, 48)).abs().mean() < 0.1  # it begins with the photo
     for picture in ("a.gif", "a.jpg", "a_mask.png", *frames):
         assert load_image(f"new/{picture}").shape == (1, 3, 32, 48)  # also of the coarse scale
     assert load_image("new/a_mask.png")[0, 0, 16, [5, 43]].tolist() == [1, 0]
@@ -99,9 +96,8 @@ def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses,
     with pytest.raises(SystemExit, match="130") if interrupted else contextlib.nullcontext():
         run("gatys.py --num-steps 4 --scales 1 --save-losses", CONTENT, STYLE)
     least = min(losses[:3])
-    with Image.open("content_style.png") as picture:
-        assert abs(picture.getpixel((5, 5))[0] - 25.5 * least) < 1
-        assert picture.text["step"] == f"{2 + losses.index(least)} of 4"
+    assert load_image("content_style.png").mean().item() == pytest.approx(least / 10, abs=0.01)
+    assert f"step: {2 + losses.index(least)} of 4" in provenance("content_style.png")
     assert len(Path("content_style_losses.csv").read_text().splitlines()) == 5
     if not interrupted:
         result = gatys.stylize(torch.zeros(1, 3, 32, 48), [torch.zeros(1, 3, 32, 48)])
@@ -109,11 +105,10 @@ def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses,
 
 
 def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
-    """A loss that blows up, a disk that is full, a memory that is full."""
+    """A loss that blows up, and a memory that is full."""
     fails("gatys.py --optimizer adam --lr 1e12 --num-steps 9", CONTENT, STYLE)
-    with Image.open("content_style.png") as picture:
-        assert picture.text["step"] == "1 of 9"
-        assert sum(value in (0, 255) for value in picture.tobytes()) < 0.2 * len(picture.tobytes())
+    assert "step: 1 of 9" in provenance("content_style.png")
+    assert ((load_image("content_style.png") - 0.5).abs() < 0.5).float().mean() > 0.8  # the rest is black or white
     gram_matrix, calls = gatys.gram_matrix, []
 
     def full(*arguments):
@@ -123,8 +118,7 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
         return gram_matrix(*arguments)
 
     monkeypatch.setattr(gatys, "gram_matrix", full)
-    error = fails("gatys.py -o b.png --num-steps 90", CONTENT, STYLE)
-    assert error.startswith("error: out of memory at 48 px: about --image-size 33")
+    assert "--image-size 33" in fails("gatys.py -o b.png --num-steps 90", CONTENT, STYLE)
     assert load_image("b.png").shape == (1, 3, 32, 48)
 
 
@@ -132,17 +126,19 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
 
 COMMANDS = ["gatys.py a.png b.png", "johnson.py stylize a.png", "johnson.py train --style a.png --data x"]
 COMMANDS += ["cyclegan.py translate a.png", "cyclegan.py train x y"]
-EVERYWHERE = ["--device gpu", "--precision float8", "--nonsense", f"-o {'n' * 300}.pth", "-o a.png/c.png"]
-MISTAKES = [(f"{command} {flag}", flag.split()[-1][:5]) for command in COMMANDS for flag in EVERYWHERE]
+MISTAKES = [(f"{command} --device gpu", "gpu") for command in COMMANDS]
+MISTAKES += [(f"{command} -o {'n' * 300}.pth", "nnn") for command in COMMANDS]
 MISTAKES += [
+    ("gatys.py a.png b.png --nonsense", "--nonsense"),
+    ("gatys.py a.png b.png --precision float8", "float8"),
     ("gatys.py", "content"),
     ("gatys.py a.png", "style image"),
     ("gatys.py missing.jpg b.png", "missing.jpg"),
     ("gatys.py a.png b.png -o c.xyz", ".png"),
+    ("gatys.py a.png b.png -o a.png/c.png", "a.png"),
     ("gatys.py a.png b.png -o ./b.png", "input"),
     ("gatys.py c.gif b.png --save-gif -o c.png", "c.gif"),
     ("gatys.py d_frames/0008.png b.png --save-all -o d.png", "d_frames"),
-    ("gatys.py a.png b.png --image-size 0", "--image-size"),
     ("gatys.py a.png b.png --style-layers relu5_1 --image-size 8 --scales 2", "too small"),
     ("gatys.py a.png b.png --style-weight nan", "--style-weight"),
     ("gatys.py a.png b.png --style-weight 0 --content-weight 0", "--style-weight"),
@@ -150,24 +146,19 @@ MISTAKES += [
     ("gatys.py a.png b.png --painting-masks a.png a.png", "--painting-masks"),
     ("gatys.py a.png b.png --protect f_mask.png --save-mask -o f.png", "input"),
     ("gatys.py a.png b.png --save-mask", "--protect"),
-    ("gatys.py a.png b.png --style-scale 1e9", "--style-scale"),
     ("johnson.py stylize a.png --strength 2", "--strength"),
-    ("johnson.py stylize a.png -o a.png", "input"),
-    ("johnson.py stylize a.png --model candy", "no such file: candy; name one, or a style: auvers, cafe"),
-    ("johnson.py stylize wide.png -o a.webp", "16383"),
+    ("johnson.py stylize a.png --model candy", "candy"),
     ("johnson.py train --data x", "--style"),
-    ("johnson.py train --style a.png --data empty", "no images"),
     ("johnson.py train --style a.png --data x --content-layer relu9_1", "relu9_1"),
     ("johnson.py train --style a.png --data x -o model.jpg", ".pth"),
     ("johnson.py train --style a.png --data x -o x/c.pth", "input"),
-    ("cyclegan.py translate a.png -o a.png", "input"),
+    ("cyclegan.py train x empty", "no images"),
     ("cyclegan.py train x missing", "no such folder"),
     ("cyclegan.py train horse2giraffe", "apple2orange"),
     ("cyclegan.py train x y x", "name two"),
     ("cyclegan.py train x y -o x/run", "input"),
     ("cyclegan.py train x y --load-size 33 --crop-size 64", "--load-size"),
     ("cyclegan.py train x y --crop-size 45", "multiple of 4"),
-    ("cyclegan.py train x y --crop-size 28", "--crop-size"),
     ("cyclegan.py train x y --export small", ".pth"),
     ("cyclegan.py train x y --epochs 0 --decay-epochs 0", "--epochs"),
 ]
@@ -176,7 +167,6 @@ MISTAKES += [
 @pytest.fixture
 def pictures():
     save_noise("a.png", "b.png", "f_mask.png", "c.gif", "d_frames/0008.png", "x/0.png", "y/0.png")
-    save_noise("wide.png", size=(16384, 5))
     Path("empty").mkdir()
 
 
@@ -190,28 +180,24 @@ def test_a_mistake_is_told_in_one_line(pictures, command, word, fails):
 def test_a_file_that_is_no_model(pictures, fails):
     broken, infinite = johnson.TransformNet(output="linear").state_dict(), cyclegan.Generator(1, 4).state_dict()
     broken["in5.bias"][3], infinite["model.1.weight"][0] = math.nan, math.inf
-    states = {"broken.pth": broken, "infinite.pth": {"G": infinite, "F": infinite}, "foreign.pth": {"w": torch.rand(3)}}
-    states["gan.pth"] = {"architecture": {"blocks": 9, "width": 64}, "G": {}, "F": {}}
-    states["fast.pth"] = {"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}
-    for name, state in states.items():
-        torch.save(state, name)
+    torch.save(broken, "broken.pth")
+    torch.save({"G": infinite, "F": infinite}, "infinite.pth")
+    torch.save({"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}, "foreign.pth")
     for command in ("johnson.py stylize a.png", "cyclegan.py translate a.png"):
-        for file in (*states, "a.png", "missing.pth", "x"):
+        for file in ("broken.pth", "infinite.pth", "foreign.pth", "a.png", "missing.pth", "x"):
             assert file in fails(f"{command} --model {file}")
 
 
-ORDERS = [
-    ("gatys.py a.png b.png --image-size 40", "gatys.py a.png --image-size 40 b.png"),
-    ("johnson.py stylize a.png b.png --strength 1", "johnson.py stylize a.png --strength 1 b.png"),
-    ("cyclegan.py translate a.png b.png -o c", "cyclegan.py translate a.png -o c b.png"),
-    ("cyclegan.py train x y --seed 2", "cyclegan.py train x --seed 2 y"),
-    ("cyclegan.py train x y --resume", "cyclegan.py train --resume x y"),
-]
-
-
-@pytest.mark.parametrize("commands", ORDERS)
-def test_flags_may_stand_anywhere(commands):
-    usual, other = (SCRIPTS[script].parse_args([*sub, *rest]) for (script, *sub), rest in map(split, commands))
+@pytest.mark.parametrize(
+    ("usual", "other"),
+    [
+        ("gatys.py a.png b.png --image-size 40", "gatys.py a.png --image-size 40 b.png"),
+        ("johnson.py stylize a.png b.png --strength 1", "johnson.py stylize a.png --strength 1 b.png"),
+        ("cyclegan.py train x y --seed 2 --resume", "cyclegan.py train --resume x --seed 2 y"),
+    ],
+)
+def test_flags_may_stand_anywhere(usual, other):
+    usual, other = (SCRIPTS[script].parse_args([*sub, *rest]) for (script, *sub), rest in map(split, (usual, other)))
     assert usual == other
 
 

@@ -1,7 +1,6 @@
 """The equations of the three papers, written out the slow way: loops in float64, each beside the paper's formula.
 
-Read this file with the papers. Each test computes one equation by loops and compares the result with the scripts.
-`pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson` those of one paper.
+Read it with the papers. `pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson` those of one paper.
 """
 
 import copy
@@ -103,8 +102,8 @@ def test_gatys_eq_1_content_loss():
     """L_content = ½ Σ_ij (F_ij − P_ij)²; the script takes the mean over i, j in place of the sum."""
     F, P = draw(2, N, M)
     eq_1 = 0.5 * sum((F[i, j] - P[i, j]) ** 2 for i in range(N) for j in range(M))
-    F, P = F.reshape(1, N, H, W), P.reshape(1, N, H, W)
-    assert gatys.content_loss(F, P).item() == pytest.approx(eq_1.item() / (N * M), rel=1e-6)
+    loss = gatys.content_loss(F.reshape(1, N, H, W), P.reshape(1, N, H, W))
+    assert loss.item() == pytest.approx(eq_1.item() / (N * M), rel=1e-6)
 
 
 def test_gatys_eq_2_gradient_of_the_content_loss():
@@ -215,8 +214,8 @@ def test_gatys_2017_section_5_2_color_histogram_matching():
     larger = [targets[0].repeat(1, 1, 3, 2), targets[1]]  # a style counts as much whatever its size
     close(gatys.match_color(image, larger), matched)
     x, y, wanted = (p[0].flatten(1).double() for p in (image, matched, torch.cat(targets, -1)))
-    close(y.mean(1), wanted.mean(1), rtol=0, atol=1e-5)
-    close(torch.cov(y, correction=0), torch.cov(wanted, correction=0), rtol=0, atol=1e-5)
+    for statistic in (lambda p: p.mean(1), lambda p: torch.cov(p, correction=0)):
+        close(statistic(y), statistic(wanted), rtol=0, atol=1e-5)
     A = torch.linalg.lstsq((x - x.mean(1, keepdim=True)).T, (y - y.mean(1, keepdim=True)).T).solution.T
     close(A, A.T, rtol=0, atol=1e-4)
     assert torch.linalg.eigvalsh(A).min() > 0
@@ -254,8 +253,8 @@ def test_johnson_eq_4_style_reconstruction_loss():
     assert johnson.style_loss(gram_matrix(y_hat), gram_matrix(y)).item() == pytest.approx(eq_4, rel=1e-5)
 
 
-JOHNSON = SimpleNamespace(content_layer="relu2_1", style_layers=["relu1_2", "relu2_2", "relu3_1"])
-JOHNSON.content_weight, JOHNSON.style_weight, JOHNSON.tv_weight = 2.0, 3.0, 5.0  # λ_c, λ_s, λ_TV
+WEIGHTS = {"content_weight": 2.0, "style_weight": 3.0, "tv_weight": 5.0}  # λ_c, λ_s, λ_TV
+JOHNSON = SimpleNamespace(content_layer="relu2_1", style_layers=["relu1_2", "relu2_2", "relu3_1"], **WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -265,12 +264,10 @@ def phi():
 
 
 def eq_5(phi, y_hat, y_c, y_s):
-    """Johnson Eq. 5, the objective of ŷ:  λ_c ℓ_feat(ŷ, y_c) + λ_s Σ_l ℓ_style(ŷ, y_s) + λ_TV ℓ_TV(ŷ)
-
-    Every layer is in units of its mean activation on the painting y_s, as `rescale` makes it.
-    """
+    """Johnson Eq. 5, the objective of ŷ:  λ_c ℓ_feat(ŷ, y_c) + λ_s Σ_l ℓ_style(ŷ, y_s) + λ_TV ℓ_TV(ŷ)"""
     phi = copy.deepcopy(phi).double()
     f, f_c, f_s = (phi(image.double()) for image in (y_hat, y_c, y_s))
+    # In each layer the unit is the mean activation on the painting, as `rescale` makes it.
     f, f_c, f_s = ({layer: maps[layer] / f_s[layer].mean() for layer in maps} for maps in (f, f_c, f_s))
     content, style = ((f["relu2_1"] - f_c["relu2_1"]) ** 2).mean(), 0.0
     for layer in ("relu1_2", "relu2_2", "relu3_1"):
@@ -311,35 +308,22 @@ def test_johnson_eq_1_training(phi):
         assert (p - q).norm() < 0.02 * (q - before).norm() + 1e-5
 
 
-def size_of(network):
-    return sum(p.numel() for p in network.parameters())
+PAPERS = ["batch", "transposed", "start"]
+BODY = range(82, 63, -2)  # of the paper's ten 3×3 convolutions without padding: each takes 2 px away
 
 
-def size_of_convolutions(*kernels):
-    """Count the weights of convolutions (inputs, outputs, side), each with a bias."""
-    return sum(inputs * outputs * side**2 + outputs for inputs, outputs, side in kernels)
-
-
-PAPERS = {"norm": "batch", "upsample": "transposed", "padding": "start"}
-BODY = [*range(82, 63, -2)]  # of the paper's ten 3×3 convolutions without padding: each takes 2 px away
-
-
-@pytest.mark.parametrize(
-    ("switches", "first", "body"), [({}, [256, 128, 64], [64] * 10), (PAPERS, [336, 168, 84], BODY)]
-)
+@pytest.mark.parametrize(("switches", "first", "body"), [([], 256, [64] * 10), (PAPERS, 336, BODY)])
 def test_johnson_table_1_network(switches, first, body):
     """The sizes of the maps and the number of weights, from the supplement: 9×9, two halvings, five residual blocks."""
-    network, sizes = johnson.TransformNet(**switches), []
+    network, sizes = johnson.TransformNet(*switches), []
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.register_forward_hook(lambda m, i, y: sizes.append((y.shape[1], y.shape[-1])))
     with torch.inference_mode():
         assert network(pictures(1, 3, 256, 256)).shape == (1, 3, 256, 256)
-    assert sizes[:3] == list(zip((32, 64, 128), first, strict=True))
-    assert sizes[3:] == [*[(128, side) for side in body], (64, 128), (32, 256), (3, 256)]
-    kernels = [(3, 32, 9), (32, 64, 3), (64, 128, 3), *[(128, 128, 3)] * 10, (128, 64, 3), (64, 32, 3), (32, 3, 9)]
-    scales_and_shifts = 2 * (32 + 64 + 128 + 10 * 128 + 64 + 32)
-    assert size_of(network) == size_of_convolutions(*kernels) + scales_and_shifts == 1_679_235
+    assert sizes[:3] == [(32, first), (64, first // 2), (128, first // 4)]
+    assert sizes[3:] == [*((128, side) for side in body), (64, 128), (32, 256), (3, 256)]
+    assert sum(p.numel() for p in network.parameters()) == 1_679_235
 
 
 # --- Zhu, Park, Isola, Efros 2017: Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks
@@ -469,10 +453,7 @@ def test_cyclegan_section_7_1_learning_rate_and_initial_weights():
 def test_cyclegan_section_7_2_networks():
     """c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3; and C64-C128-C256-C512, whose verdicts see 70×70 px."""
     G, D, x = cyclegan.Generator(), cyclegan.PatchDiscriminator(), pictures(1, 3, 256, 256).requires_grad_()
-    down, up = [(3, 64, 7), (64, 128, 3), (128, 256, 3)], [(256, 128, 3), (128, 64, 3), (64, 3, 7)]
-    patch = [(3, 64, 4), (64, 128, 4), (128, 256, 4), (256, 512, 4), (512, 1, 4)]
-    assert size_of(G) == size_of_convolutions(*down, *[(256, 256, 3)] * 18, *up) == 11_378_179
-    assert size_of(D) == size_of_convolutions(*patch) == 2_764_737
+    assert [sum(p.numel() for p in network.parameters()) for network in (G, D)] == [11_378_179, 2_764_737]
     # One verdict's gradient reaches the pixels that it sees, without the norms, which look at the whole picture.
     D.model = nn.Sequential(*[module for module in D.model if not isinstance(module, nn.InstanceNorm2d)])
     verdicts = D(x)
