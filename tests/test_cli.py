@@ -53,6 +53,7 @@ def test_everything_that_can_be_saved():
     for picture in ("a.gif", "a.jpg", "a_mask.png", *frames):
         assert load_image(f"new/{picture}").shape == (1, 3, 32, 48)  # also of the coarse scale
     assert load_image("new/a_mask.png")[0, 0, 16, [5, 43]].tolist() == [1, 0]
+    assert load_image("new/a_losses.png").std() > 0.01
     rows = [row.split(",") for row in Path("new/a_losses.csv").read_text().splitlines()]
     assert rows[0] == ["step", "total", "content", "style", "variation", "protected"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5", "6"]

