@@ -128,15 +128,11 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
 COMMANDS = ["gatys.py a.png b.png", "johnson.py stylize a.png", "johnson.py train --style a.png --data x"]
 COMMANDS += ["cyclegan.py translate a.png", "cyclegan.py train x y"]
 MISTAKES = [(f"{command} --device gpu", "gpu") for command in COMMANDS]
-MISTAKES += [(f"{command} -o {'n' * 300}.pth", "nnn") for command in COMMANDS]
 MISTAKES += [
+    (f"gatys.py a.png b.png -o {'n' * 300}.png", "nnn"),
     ("gatys.py a.png b.png --nonsense", "--nonsense"),
-    ("gatys.py a.png b.png --precision float8", "float8"),
-    ("gatys.py", "content"),
     ("gatys.py a.png", "style image"),
-    ("gatys.py missing.jpg b.png", "missing.jpg"),
     ("gatys.py a.png b.png -o c.xyz", ".png"),
-    ("gatys.py a.png b.png -o a.png/c.png", "a.png"),
     ("gatys.py a.png b.png -o ./b.png", "input"),
     ("gatys.py c.gif b.png --save-gif -o c.png", "c.gif"),
     ("gatys.py d_frames/0008.png b.png --save-all -o d.png", "d_frames"),
@@ -144,19 +140,15 @@ MISTAKES += [
     ("gatys.py a.png b.png --style-weight nan", "--style-weight"),
     ("gatys.py a.png b.png --style-weight 0 --content-weight 0", "--style-weight"),
     ("gatys.py a.png b.png --style-masks a.png a.png", "--style-masks"),
-    ("gatys.py a.png b.png --painting-masks a.png a.png", "--painting-masks"),
     ("gatys.py a.png b.png --protect f_mask.png --save-mask -o f.png", "input"),
     ("gatys.py a.png b.png --save-mask", "--protect"),
     ("johnson.py stylize a.png --strength 2", "--strength"),
     ("johnson.py stylize a.png --model candy", "candy"),
-    ("johnson.py train --data x", "--style"),
     ("johnson.py train --style a.png --data x --content-layer relu9_1", "relu9_1"),
     ("johnson.py train --style a.png --data x -o model.jpg", ".pth"),
     ("johnson.py train --style a.png --data x -o x/c.pth", "input"),
     ("cyclegan.py train x empty", "no images"),
-    ("cyclegan.py train x missing", "no such folder"),
     ("cyclegan.py train horse2giraffe", "apple2orange"),
-    ("cyclegan.py train x y x", "name two"),
     ("cyclegan.py train x y -o x/run", "input"),
     ("cyclegan.py train x y --load-size 33 --crop-size 64", "--load-size"),
     ("cyclegan.py train x y --crop-size 45", "multiple of 4"),

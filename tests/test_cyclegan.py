@@ -81,42 +81,40 @@ def test_warnings_name_the_remedy():
     good, lost = [{"D_X": 0.2, "D_Y": 0.2}] * 20, [{"D_X": 0.001, "D_Y": 0.2}] * 20
     for ours.G, ours.F, history, wanted in (
         (darker, darker, lost[1:], ""),
-        (darker, darker, lost, "D_X.*--lr"),
-        (lambda x: x + 0.005, darker, good, "G.*identity"),
-        (darker, lambda x: 1 - x, good, "F.*light into dark"),
+        (darker, darker, lost, "D_X.*--lr.*"),
+        (lambda x: x + 0.005, lambda x: 1 - x, good, "G.*identity.*F.*light into dark.*"),
     ):
-        assert re.fullmatch(f"{wanted}.*" if wanted else "", " ".join(cyclegan.diagnose(ours, x, x, history)))
+        assert re.fullmatch(wanted, " ".join(cyclegan.diagnose(ours, x, x, history)))
 
 
 @pytest.fixture
 def folders():
-    save_noise(*(f"x/{'deep/' * (i % 2)}any name {i}.png" for i in range(5)), size=(40, 40))
-    save_noise(*(f"y/{i}.png" for i in range(3)), size=(50, 37))
+    save_noise(*(f"x/{'deep/' * (i % 2)}any name {i}.png" for i in range(5)), *(f"y/{i}.png" for i in range(3)))
 
 
 def test_what_a_training_leaves(folders, monkeypatch):
     rates, step = [], CycleGAN.step
-    monkeypatch.setattr(CycleGAN, "step", lambda gan, x, y: rates.append(rate(gan)) or step(gan, x, y))
 
-    def rate(gan):
-        return [group["lr"] for group in gan.optimizer_G.param_groups + gan.optimizer_D.param_groups]
+    def noting(gan, x, y):
+        rates.append([group["lr"] for group in gan.optimizer_G.param_groups + gan.optimizer_D.param_groups])
+        return step(gan, x, y)
 
+    monkeypatch.setattr(CycleGAN, "step", noting)
     command = "cyclegan.py train x y --max-steps 99 --epochs 1 --decay-epochs 2 --lr 1e-3 --beta1 0.9 --lambda-cycle 3"
-    run(f"{command} --lambda-identity 0 --export new/small.pth -o new/run")
+    run(f"{command} --lambda-identity 0 --export small.pth -o new/run")
     assert rates == [pytest.approx([rate] * 2) for rate in [1e-3] * 10 + [5e-4] * 5]
     files = sorted(path.name for path in Path("new/run").iterdir())
     assert files == ["checkpoint.pth", *[f"epoch_00{n}.jpg" for n in (1, 2, 3)], "losses.csv", "losses.png"]
-    header, first, last = (row.split(",") for row in Path("new/run/losses.csv").read_text().splitlines())
-    assert header == ["step", "epoch", "lr", "total", "G", "F", "cycle", "identity", "D_X", "D_Y"]
-    assert (first[:2], last[:2]) == (["1", "1"], ["10", "2"])
-    _, _, _, total, G, F, cycle, identity, *_ = map(float, last)
-    assert (total, identity) == (pytest.approx(G + F + 3 * cycle, rel=1e-4), 0)
+    header, _, row = Path("new/run/losses.csv").read_text().splitlines()
+    assert header == "step,epoch,lr,total,G,F,cycle,identity,D_X,D_Y"
+    n, epoch, _, total, G, F, cycle, identity, *_ = map(float, row.split(","))
+    assert (n, epoch, identity, total) == (10, 2, 0, pytest.approx(G + F + 3 * cycle, rel=1e-4))
     whole = common.load_checkpoint(Path("new/run/checkpoint.pth"))
     assert whole["optimizer_D"]["param_groups"][0]["betas"] == (0.9, 0.999)
     for direction, name in (("x2y", "G"), ("y2x", "F")):
         state = {key: value.half().float() for key, value in whole[name].items()}
         assert equal(dict(load_generator(Path("new/run/checkpoint.pth"), direction)[0].state_dict()), whole[name])
-        assert equal(dict(load_generator(Path("new/small.pth"), direction)[0].state_dict()), state)
+        assert equal(dict(load_generator(Path("small.pth"), direction)[0].state_dict()), state)
 
 
 def test_test_folders_are_used_for_the_samples(folders):
@@ -130,25 +128,22 @@ def test_test_folders_are_used_for_the_samples(folders):
 
 
 def test_a_set_is_downloaded_once_and_whole(monkeypatch):
-    def serve(*names, failure=None):
-        def fetch(url, folder):
-            assert url == "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/horse2zebra.zip"
-            save_noise(*(f"{folder}/horse2zebra/{name}" for name in names))
-            if failure:
-                raise failure
+    def fetch(url, folder):
+        assert url == "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/horse2zebra.zip"
+        save_noise(*(f"{folder}/horse2zebra/{part}/a.png" for part in parts))
+        if failure:
+            raise failure
 
-        monkeypatch.setattr(cyclegan, "download_and_extract_archive", fetch)
-
+    monkeypatch.setattr(cyclegan, "download_and_extract_archive", fetch)
+    parts = ["trainA"]
     for failure in (zipfile.BadZipFile(), zlib.error(), EOFError(), OSError(), IncompleteRead(b""), None):
-        serve("trainA/a.png", failure=failure)
         with pytest.raises(InputError, match=r"horse2zebra\.zip"):
             cyclegan.download("horse2zebra")
         assert not any(Path("data").iterdir())
-    serve("trainA/a.png", "trainB/b.png")
+    parts.append("trainB")
     cyclegan.download("horse2zebra")
-    serve(failure=AssertionError())  # the second time it is there
-    (X, _), (Y, _) = cyclegan.domains(["horse2zebra"], 32)
-    assert [*map(str, X + Y)] == ["data/horse2zebra/trainA/a.png", "data/horse2zebra/trainB/b.png"]
+    failure = AssertionError()  # the second time it is there
+    assert len(cyclegan.domains(["horse2zebra"], 32)) == 2
 
 
 @pytest.mark.parametrize("size", [(37, 53), (96, 24), (5, 9)])
@@ -159,7 +154,6 @@ def test_any_size_is_mirrored_to_a_multiple_of_4_and_cut_again(size):
     with torch.no_grad():
         wide = network(nnf.pad(x, (0, right, 0, below), mode="reflect"))
     torch.testing.assert_close(y, wide[..., : size[0], : size[1]])
-    assert not y.requires_grad
     y.requires_grad_().sum().backward()  # an ordinary tensor
     with pytest.raises(InputError, match="too small"):
         translate(network, x[..., :4])

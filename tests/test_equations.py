@@ -302,12 +302,6 @@ def test_johnson_eq_1_training():
         assert (p - q).norm() < 0.02 * (q - before).norm() + 1e-5
 
 
-def test_johnson_table_1_number_of_weights():
-    """32, 64, 128 channels, five residual blocks, 64, 32, 3; kernels of 9×9 at both ends, else 3×3; with the norms."""
-    for switches in ((), ("batch", "transposed", "start")):
-        assert sum(p.numel() for p in johnson.TransformNet(*switches).parameters()) == 1_679_235
-
-
 # --- Zhu, Park, Isola, Efros 2017: Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks
 
 # Networks that every reader can follow: generators change colours, discriminators judge every fourth pixel.
@@ -426,13 +420,14 @@ def test_cyclegan_section_7_1_learning_rate_and_initial_weights():
         assert all((p == 0).all() for name, p in network.named_parameters() if name.endswith("bias"))
 
 
-def test_cyclegan_section_7_2_networks():
-    """c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3; and C64-C128-C256-C512, whose verdicts see 70×70 px."""
-    G, D, x = cyclegan.Generator(), cyclegan.PatchDiscriminator(), pictures(1, 3, 256, 256).requires_grad_()
-    assert [sum(p.numel() for p in network.parameters()) for network in (G, D)] == [11_378_179, 2_764_737]
-    # One verdict's gradient reaches the pixels that it sees, without the norms, which look at the whole picture.
+def test_sizes_of_the_networks():
+    """Johnson's Table 1; CycleGAN §7.2: c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3, and C64-C128-C256-C512."""
+    papers = johnson.TransformNet("batch", "transposed", "start")
+    networks = johnson.TransformNet(), papers, cyclegan.Generator(), cyclegan.PatchDiscriminator()
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+    assert sizes == [1_679_235, 1_679_235, 11_378_179, 2_764_737]
+    # Without the norms, which look at the whole picture, the gradient of a verdict reaches the 70×70 px that it sees.
+    D, x = networks[3], pictures(1, 3, 256, 256).requires_grad_()
     D.model = nn.Sequential(*[module for module in D.model if not isinstance(module, nn.InstanceNorm2d)])
-    verdicts = D(x)
-    assert verdicts.shape == (1, 1, 30, 30)
-    verdicts[0, 0, 15, 15].backward()
+    D(x)[0, 0, 15, 15].backward()
     assert [(places.max() - places.min() + 1).item() for places in x.grad[0].abs().sum(0).nonzero().T] == [70, 70]
