@@ -25,9 +25,6 @@ def files(folder="."):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
 
 
-# --- gatys.py ----------------------------------------------------------------------------------------------
-
-
 def test_the_default_output_is_named_after_the_inputs(capsys):
     run("gatys.py", CONTENT, STYLE)
     assert files() == ["content_style.png"]
@@ -123,8 +120,6 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     assert load_image("b.png").shape == (1, 3, 32, 48)
 
 
-# --- All scripts -------------------------------------------------------------------------------------------
-
 COMMANDS = ["gatys.py a.png b.png", "johnson.py stylize a.png", "johnson.py train --style a.png --data x"]
 COMMANDS += ["cyclegan.py translate a.png", "cyclegan.py train x y"]
 MISTAKES = [(f"{command} --device gpu", "gpu") for command in COMMANDS]
@@ -132,7 +127,6 @@ MISTAKES += [
     (f"gatys.py a.png b.png -o {'n' * 300}.png", "nnn"),
     ("gatys.py a.png b.png --nonsense", "--nonsense"),
     ("gatys.py a.png", "style image"),
-    ("gatys.py a.png b.png -o c.xyz", ".png"),
     ("gatys.py a.png b.png -o ./b.png", "input"),
     ("gatys.py c.gif b.png --save-gif -o c.png", "c.gif"),
     ("gatys.py d_frames/0008.png b.png --save-all -o d.png", "d_frames"),
@@ -141,13 +135,10 @@ MISTAKES += [
     ("gatys.py a.png b.png --style-weight 0 --content-weight 0", "--style-weight"),
     ("gatys.py a.png b.png --style-masks a.png a.png", "--style-masks"),
     ("gatys.py a.png b.png --protect f_mask.png --save-mask -o f.png", "input"),
-    ("gatys.py a.png b.png --save-mask", "--protect"),
     ("johnson.py stylize a.png --strength 2", "--strength"),
     ("johnson.py stylize a.png --model candy", "candy"),
-    ("johnson.py train --style a.png --data x --content-layer relu9_1", "relu9_1"),
     ("johnson.py train --style a.png --data x -o model.jpg", ".pth"),
     ("johnson.py train --style a.png --data x -o x/c.pth", "input"),
-    ("cyclegan.py train x empty", "no images"),
     ("cyclegan.py train horse2giraffe", "apple2orange"),
     ("cyclegan.py train x y -o x/run", "input"),
     ("cyclegan.py train x y --load-size 33 --crop-size 64", "--load-size"),
@@ -160,7 +151,6 @@ MISTAKES += [
 @pytest.fixture
 def pictures():
     save_noise("a.png", "b.png", "f_mask.png", "c.gif", "d_frames/0008.png", "x/0.png", "y/0.png")
-    Path("empty").mkdir()
 
 
 @pytest.mark.parametrize(("command", "word"), MISTAKES, ids=[command[:70] for command, _ in MISTAKES])

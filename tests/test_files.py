@@ -15,8 +15,6 @@ from torchvision.transforms.functional import to_tensor
 import common
 from common import VGG, InputError, find_images, load_image, save_image
 
-# --- Reading pictures --------------------------------------------------------------------------------------
-
 
 def row(mode, *values):
     """Make a picture that is one pixel high."""
@@ -122,14 +120,11 @@ def test_damaged_files_are_read_or_refused(suffix):
         path.write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
         try:
             if suffix == ".pth":
-                assert equal(common.load_checkpoint(path), state)  # bits that say nothing
+                equal(common.load_checkpoint(path), state)  # bits that say nothing
             else:
                 assert load_image(path, 16).isfinite().all()
         except InputError as error:
             assert path.name in str(error)
-
-
-# --- Writing pictures --------------------------------------------------------------------------------------
 
 
 def test_a_saved_picture_is_clamped_rounded_and_tells_how_it_was_made():
@@ -182,9 +177,6 @@ def test_an_animation_stays_one(suffix):
             assert max(abs(a - b) for a, b in zip(result.convert("RGB").getpixel((9, 5)), expected, strict=True)) < 6
     common.transform_files([Path(f"a{suffix}")], Path("first.png"), "t", lambda image: image, None, {})
     assert load_image("first.png")[0, :, 0, 0].tolist() == [1, 0, 0]
-
-
-# --- Folders -----------------------------------------------------------------------------------------------
 
 
 def test_folders_are_searched_for_all_that_can_be_read(capsys):
@@ -246,9 +238,6 @@ def test_one_failure_does_not_stop_a_folder(capsys):
     assert capsys.readouterr().err.count("warning: ") == 3
 
 
-# --- Weights of VGG, device and precision ------------------------------------------------------------------
-
-
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """Empty torch's cache and let downloads fail; return the cache."""
@@ -285,9 +274,7 @@ def test_offline_the_packaged_vgg19_is_used_unless_another_is_asked_for(offline,
         VGG(["relu1_1"])
 
 
-@pytest.mark.parametrize(("native", "auto"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_automatic_precision_follows_the_hardware_unless_results_are_to_be_exact(monkeypatch, native, auto):
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: native, raising=False)
-    precisions = [common.pick_precision(name, torch.device("cpu"), exact) for name, exact in (("auto", 0), ("auto", 1))]
-    assert precisions == [auto, torch.float32]
+def test_automatic_precision_is_bfloat16_where_the_hardware_has_it_unless_results_are_to_be_exact(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    precisions = [common.pick_precision("auto", torch.device("cpu"), exact) for exact in (False, True)]
+    assert precisions == [torch.bfloat16, torch.float32]

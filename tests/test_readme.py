@@ -20,8 +20,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = ROOT / "notebooks" / "style_transfer.ipynb"
 
-# --- Commands ----------------------------------------------------------------------------------------------
-
 # In their place the shell calls functions that print their arguments, so that loops and variables are expanded.
 STUBS = """set -e; PATH=/nowhere
 seq() { local i; for ((i = 1; i <= $1; i++)); do echo $i; done; }
@@ -97,8 +95,6 @@ def test_the_python_examples_work(folder):
         assert picture.size == (6 * 32, 4 * 32)
 
 
-# --- Flags and defaults ------------------------------------------------------------------------------------
-
 COMMANDS = ["gatys.py content.jpg style.jpg", "johnson.py train --style a.jpg --data b", "johnson.py stylize a.jpg"]
 COMMANDS += ["cyclegan.py train x y", "cyclegan.py translate a.jpg"]
 
@@ -165,9 +161,6 @@ def test_links_and_equations_lead_somewhere():
         for module, *names in (path.split(".") for path in paths):
             text = next(path for path in (ROOT / f"{module}.py", ROOT / "tests" / f"{module}.py") if path.exists())
             assert re.search(rf"^ *(def|class) {names[-1]}\b", text.read_text(encoding="utf-8"), re.M), row
-
-
-# --- Notebook and benchmark --------------------------------------------------------------------------------
 
 
 def test_the_notebook_has_its_outputs_and_runs(monkeypatch):
