@@ -58,9 +58,8 @@ def test_everything_that_can_be_saved():
     assert files("new/a_frames") == ["0001.png", "0002.png"]  # none of the first run
 
 
-FLAGS = ["", "--image-size 40", "--center-crop", "--style-scale 0.5", "--precision bfloat16"]
-FLAGS += ["--init noise", "--init noise --seed 8", "--pooling max", "--style-blend 5 1", "--style-layer-weights 1 9"]
-FLAGS += ["--style-masks mask.png", "--painting-masks mask.png mask.png", "--protect mask.png"]
+FLAGS = ["", "--image-size 40", "--center-crop", "--style-scale 0.5", "--precision bfloat16", "--pooling max"]
+FLAGS += ["--style-masks mask.png", "--painting-masks mask.png mask.png", "--protect mask.png", "--init noise"]
 
 
 def test_every_flag_changes_the_picture():
@@ -101,7 +100,6 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     """A loss that blows up, and a memory that is full."""
     fails("gatys.py --optimizer adam --lr 1e12 --num-steps 9", CONTENT, STYLE)
     assert "step: 1 of 9" in provenance("content_style.png")
-    assert ((load_image("content_style.png") - 0.5).abs() < 0.5).float().mean() > 0.8  # the rest is black or white
     gram_matrix, calls = gatys.gram_matrix, []
 
     def full(*arguments):
@@ -115,15 +113,12 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     assert load_image("b.png").shape == (1, 3, 32, 48)
 
 
-COMMANDS = ["gatys.py a.png b.png", "johnson.py stylize a.png", "johnson.py train --style a.png --data x"]
-COMMANDS += ["cyclegan.py translate a.png", "cyclegan.py train x y"]
-MISTAKES = [(f"{command} --device gpu", "gpu") for command in COMMANDS]
-MISTAKES += [
+MISTAKES = [
+    ("gatys.py a.png b.png --device gpu", "gpu"),
     (f"gatys.py a.png b.png -o {'n' * 300}.png", "nnn"),
     ("gatys.py a.png", "style image"),
     ("gatys.py a.png b.png -o ./b.png", "input"),
     ("gatys.py c.gif b.png --save-gif -o c.png", "c.gif"),
-    ("gatys.py d_frames/0008.png b.png --save-all -o d.png", "d_frames"),
     ("gatys.py a.png b.png --style-layers relu5_1 --image-size 8 --scales 2", "too small"),
     ("gatys.py a.png b.png --style-weight nan", "--style-weight"),
     ("gatys.py a.png b.png --style-weight 0 --content-weight 0", "--style-weight"),
@@ -134,13 +129,12 @@ MISTAKES += [
     ("cyclegan.py train x y --load-size 33 --crop-size 64", "--load-size"),
     ("cyclegan.py train x y --crop-size 45", "multiple of 4"),
     ("cyclegan.py train x y --export small", ".pth"),
-    ("cyclegan.py train x y --epochs 0 --decay-epochs 0", "--epochs"),
 ]
 
 
 @pytest.fixture
 def pictures():
-    save_noise("a.png", "b.png", "f_mask.png", "c.gif", "d_frames/0008.png", "x/0.png", "y/0.png")
+    save_noise("a.png", "b.png", "f_mask.png", "c.gif", "x/0.png", "y/0.png")
 
 
 @pytest.mark.parametrize(("command", "word"), MISTAKES, ids=[command[:70] for command, _ in MISTAKES])

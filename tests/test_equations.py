@@ -211,6 +211,8 @@ def test_gatys_2017_section_5_2_color_histogram_matching():
     mix = torch.tensor([[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.1, 0.1, 0.6]])
     image, *targets = (torch.einsum("ij,bjhw->bihw", mix, pictures(1, 3, 20, 30, seed=k) ** k) for k in (1, 2, 3))
     matched = gatys.match_color(image, targets)
+    larger = [targets[0].repeat(1, 1, 3, 2), targets[1]]  # a style counts as much whatever its size
+    close(gatys.match_color(image, larger), matched)
     x, y, wanted = (p[0].flatten(1).double() for p in (image, matched, torch.cat(targets, -1)))
     for statistic in (lambda p: p.mean(1), lambda p: torch.cov(p, correction=0)):
         close(statistic(y), statistic(wanted), rtol=0, atol=1e-5)
@@ -365,10 +367,7 @@ def test_cyclegan_eq_3_full_objective():
 
 
 def test_cyclegan_eq_4_training():
-    """G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y), in turns: G and F first, then D_X and D_Y.
-
-    Three steps with pools of one picture (§4), as a plain loop with torch's Adam takes them.
-    """
+    """G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y), in turns; here three steps, with pools of one picture"""
     ours, pairs = gan(lr=1e-3, beta1=0.3, pool_size=1, seed=3, lambda_cycle=7.0), pictures(3, 2, 1, 3, 32, 32)
     plain = copy.deepcopy(ours)
     G, F, D_X, D_Y = networks = plain.G, plain.F, plain.D_X, plain.D_Y

@@ -114,7 +114,6 @@ def tables(header):
             elif columns is None and cells:
                 columns = cells
             elif columns and columns[0].startswith(header) and not set(line) <= set("|-: "):
-                assert len(cells) == len(columns), line
                 yield dict(zip(columns, cells, strict=True)), section
 
 
@@ -145,7 +144,6 @@ def test_links_and_equations_lead_somewhere():
         assert link.startswith("https://") or (ROOT / link).exists(), link
     for row, _ in tables("equation"):
         paths = re.findall(r"`([\w.]+)`", row["function"] + row["test"])
-        assert len(paths) >= 2, row
         for module, *names in (path.split(".") for path in paths):
             text = next(path for path in (ROOT / f"{module}.py", ROOT / "tests" / f"{module}.py") if path.exists())
             assert re.search(rf"^ *(def|class) {names[-1]}\b", text.read_text(encoding="utf-8"), re.M), row
@@ -168,5 +166,5 @@ def test_the_notebook_has_its_outputs_and_runs(monkeypatch):
 def test_the_benchmark_prints_a_table():
     """Its smallest row; the others need minutes."""
     command = [sys.executable, str(ROOT / "tests" / "benchmark.py"), "--quick", "cyclegan-translate"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert re.search(r"^cyclegan-translate +128 px +[\d.]+ s +[\d.]+ GB +plainly +[\d.]+ s: ×", result.stdout, re.M)
+    table = subprocess.check_output(command, text=True, timeout=200)
+    assert re.search(r"^cyclegan-translate +128 px +[\d.]+ s +[\d.]+ GB +plainly +[\d.]+ s: ×", table, re.M)

