@@ -1,8 +1,6 @@
 """Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, all rows by default.
 
-Each row has the time and memory of a step, and the time of the same step as it is commonly written, in float32, in
-turns with it. At larger sizes it says how the time grows: side^2 is in proportion to the pixels. The last row has the
-claims of Johnson's Fig. 5 and Table 1.
+A row has the time and memory of a step, and the time of the same step as it is commonly written, in float32.
 """
 
 import argparse
@@ -14,25 +12,22 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 
 import cyclegan
 import gatys
 import johnson
 from common import VGG, load_checkpoint, load_image, pick_device, pick_precision, rescale
 
-EXAMPLES = Path(gatys.__file__).parent / "examples"
 PRECISION = pick_precision("auto", DEVICE := pick_device())
 
 
 def example(name, size, **options):
-    return load_image(EXAMPLES / f"{name}.jpg", size, **options).to(DEVICE)
+    return load_image(ROOT / "examples" / f"{name}.jpg", size, **options).to(DEVICE)
 
 
 def plain_gram(f):
-    """Compute the Gram matrix of feature maps (B, C, H, W), as it is commonly written."""
-    f = f.flatten(2)
-    return f @ f.mT / f[0].numel()
+    return f.flatten(2) @ f.flatten(2).mT / f[0].numel()  # as it is commonly written
 
 
 def gatys_evaluation(size):
@@ -78,9 +73,8 @@ def johnson_stylize(size):
 
 def cyclegan_step(size):
     x, y = torch.rand(2, 1, 3, size, size, device=DEVICE)  # batch 1, 9 blocks; plainly it is the same in float32
-    ours, plain = (
-        cyclegan.CycleGAN(cyclegan.parse_args(["train", "", ""]), DEVICE, p) for p in (PRECISION, torch.float32)
-    )
+    args = cyclegan.parse_args(["train", "", ""])
+    ours, plain = (cyclegan.CycleGAN(args, DEVICE, precision) for precision in (PRECISION, torch.float32))
     return lambda: ours.step(x, y), lambda: plain.step(x, y)
 
 
@@ -105,15 +99,11 @@ def peak():
     """Measure the most memory that this process has had, in GB; on a GPU, that of the tensors there."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss begins with what the parent process had
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e9
-    import resource  # not on Windows
-
-    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    status = Path("/proc/self/status")  # of Linux
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e9 if status.exists() else math.nan
 
 
-def measure(name, sizes, repeats):
-    """Print a row for each size; the memory is that of a process of its own."""
+def measure(name, sizes, repeats):  # a row for each size; the memory is that of a process of its own
     before = None
     for size in sizes:
         code = f"import benchmark as b; b.best(b.ROWS['{name}'][0]({size})[0], repeats=0); print(b.peak())"
@@ -122,8 +112,8 @@ def measure(name, sizes, repeats):
             return print(f"{name:<19} {size:>4} px  does not fit into memory")
         ours, plain = best(*ROWS[name][0](size), repeats=repeats)
         text = f"{ours:>8.3f} s {float(alone.stdout):>6.2f} GB   plainly {plain:>7.3f} s: × {ours / plain:.2f}"
-        growth = f"  time ∝ side^{math.log(ours / before[0], size / before[1]):.1f}" if before else ""
-        print(f"{name:<19} {size:>4} px {text}{growth}", flush=True)
+        text += f"  time ∝ side^{math.log(ours / before[0], size / before[1]):.1f}" if before else ""
+        print(f"{name:<19} {size:>4} px {text}", flush=True)
         before = ours, size
 
 
