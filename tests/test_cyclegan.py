@@ -110,10 +110,9 @@ def test_test_folders_are_used_for_the_samples(folders):
     for part, folder in zip(("trainA", "trainB", "testA"), "xyy", strict=True):
         shutil.copytree(folder, Path("set", part))
     (X, x_samples), (Y, y_samples) = cyclegan.domains(["set"], 32)
-    assert (len(X), len(Y)) == (5, 3)
+    assert (len(X), len(Y), len(y_samples)) == (5, 3, 3)  # samples of trainB, as there is no testB
     tests = [load_image(path, 32, center_crop=True) for path in common.find_images(Path("set/testA"))]
     assert torch.equal(x_samples, torch.cat(tests))
-    assert len(y_samples) == 3  # of trainB, as there is no testB
 
 
 def test_a_set_is_downloaded_once_and_whole(monkeypatch):

@@ -72,6 +72,14 @@ def test_lbfgs_does_not_depend_on_the_scale_of_the_loss():
     assert steps[-1][1]["total"] < 1e-15  # nor does it stop where the loss has become small
 
 
+def test_the_picture_moves_once_an_evaluation():
+    """torch's own limit of evaluations would end short steps early, its thresholds the late ones."""
+    for iterations in (1, 2, 5):
+        seen = []
+        optimize(lambda x, seen=seen: seen.append(x.detach()) or (x - 1).pow(4).mean(), 12, iterations)
+        assert len(seen) == 12 * iterations == len({x.mean().item() for x in seen})
+
+
 def test_first_moves_are_as_large_as_they_should_be():
     """Adam's are its learning rate; torch's L-BFGS bounds the sum of all changes, here their mean at every size."""
     for options, move in (({}, 0.02), ({"lr": 0.1}, 0.1)):
@@ -97,9 +105,8 @@ def test_a_damped_first_move_has_little_of_the_finest_stripes(flag, damped):
 def test_the_first_losses_are_those_of_the_objective(pictures):
     """In units of both pictures' activations, and with a margin around the photo."""
     photo, style = pictures
-    vgg = VGG(["relu1_1", "relu2_1", "relu2_2"], "vgg19", "random", "avg")
-    vgg, args = rescale(vgg, [widen(photo), style]), settings(photo, [style], **TINY)
-    expected = gatys.Objective(vgg, widen(photo), [style], args)(widen(photo))
+    vgg = rescale(VGG(["relu1_1", "relu2_1", "relu2_2"], "vgg19", "random", "avg"), [widen(photo), style])
+    expected = gatys.Objective(vgg, widen(photo), [style], settings(photo, [style], **TINY))(widen(photo))
     _, losses = paint(photo, [style], init="content", lbfgs_iters=1)[0]
     assert losses == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-3)
 
