@@ -120,6 +120,7 @@ def test_gatys_eq_3_gram_matrix():
     close(gram_matrix(F)[0], gram_by_loops(F) / (N * M))
     with torch.autocast("cpu", torch.bfloat16):
         close(gram_matrix(half), gram_matrix(half.double()).float(), rtol=1e-5, atol=0)
+    assert {script.content_loss(half, half).dtype for script in (gatys, johnson)} == {torch.float32}
 
 
 def test_gatys_eq_4_style_loss_of_a_layer():

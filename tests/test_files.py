@@ -122,8 +122,7 @@ def test_a_saved_picture_is_clamped_rounded_and_tells_how_it_was_made():
     assert len(list(path.parent.iterdir())) == 4
     assert (load_image("new/folder/a.png")[0, 0, 0] * 255).tolist() == [0, 0, 1, 255, 255]
     with Image.open(path) as saved:
-        assert JpegImagePlugin.get_sampling(saved) == 0  # 4:4:4
-        assert saved.quantization[0][0] == 2  # quality 95
+        assert (JpegImagePlugin.get_sampling(saved), saved.quantization[0][0]) == (0, 2)  # 4:4:4, quality 95
 
 
 def test_a_file_is_written_whole_or_not_at_all():
