@@ -1,7 +1,6 @@
 """Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, all rows by default.
 
-Each row has the time and memory of a step, and in turns with it the same step as it is commonly written, in float32.
-Time ∝ side^2 is in proportion to the pixels. The last rows have Johnson's claims, and distances of zebras.
+A row has the time and memory of a step, and the time of the same step as it is commonly written, in float32.
 """
 
 import argparse
@@ -14,25 +13,22 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import to_tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 
 import cyclegan
 import gatys
 import johnson
 from common import VGG, find_images, load_checkpoint, load_image, pick_device, pick_precision, rescale, to_pil
 
-EXAMPLES = Path(gatys.__file__).parent / "examples"
 PRECISION = pick_precision("auto", DEVICE := pick_device())
 
 
 def example(name, size, **options):
-    return load_image(EXAMPLES / f"{name}.jpg", size, **options).to(DEVICE)
+    return load_image(ROOT / "examples" / f"{name}.jpg", size, **options).to(DEVICE)
 
 
 def plain_gram(f):
-    """Compute the Gram matrix of feature maps (B, C, H, W), as it is commonly written."""
-    f = f.flatten(2)
-    return f @ f.mT / f[0].numel()
+    return f.flatten(2) @ f.flatten(2).mT / f[0].numel()  # as it is commonly written
 
 
 def gatys_evaluation(size):
@@ -104,15 +100,11 @@ def peak():
     """Measure the most memory that this process has had, in GB; on a GPU, that of the tensors there."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss begins with what the parent process had
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e9
-    import resource  # not on Windows
-
-    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    status = Path("/proc/self/status")  # of Linux
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e9 if status.exists() else math.nan
 
 
-def measure(name, sizes, repeats):
-    """Print a row for each size; the memory is that of a process of its own."""
+def measure(name, sizes, repeats):  # a row for each size; the memory is that of a process of its own
     before = None
     for size in sizes:
         code = f"import benchmark as b; b.best(b.ROWS['{name}'][0]({size})[0], repeats=0); print(b.peak())"
@@ -121,8 +113,8 @@ def measure(name, sizes, repeats):
             return print(f"{name:<19} {size:>4} px  does not fit into memory")
         ours, plain = best(*ROWS[name][0](size), repeats=repeats)
         text = f"{ours:>8.3f} s {float(alone.stdout):>6.2f} GB   plainly {plain:>7.3f} s: × {ours / plain:.2f}"
-        growth = f"  time ∝ side^{math.log(ours / before[0], size / before[1]):.1f}" if before else ""
-        print(f"{name:<19} {size:>4} px {text}{growth}", flush=True)
+        text += f"  time ∝ side^{math.log(ours / before[0], size / before[1]):.1f}" if before else ""
+        print(f"{name:<19} {size:>4} px {text}", flush=True)
         before = ours, size
 
 

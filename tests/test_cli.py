@@ -25,9 +25,6 @@ def files(folder="."):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
 
 
-# --- gatys.py ----------------------------------------------------------------------------------------------
-
-
 def test_the_default_output_is_named_after_the_inputs(capsys):
     run("gatys.py", CONTENT, STYLE)
     assert files() == ["content_style.png"]
@@ -47,12 +44,12 @@ def test_everything_that_can_be_saved():
     run(f"gatys.py {flags} --save-all", CONTENT, STYLE)
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 7)]
     assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", "a_mask.png", *frames])
-    with Image.open("new/a.gif") as animation:
-        assert animation.n_frames > 6
+    assert len(list(load_frames("new/a.gif"))) > 6
     assert (load_image("new/a.gif") - load_image(CONTENT, 48)).abs().mean() < 0.1  # it begins with the photo
     for picture in ("a.gif", "a.jpg", "a_mask.png", *frames):
         assert load_image(f"new/{picture}").shape == (1, 3, 32, 48)  # also of the coarse scale
     assert load_image("new/a_mask.png")[0, 0, 16, [5, 43]].tolist() == [1, 0]
+    assert load_image("new/a_losses.png").std() > 0.01
     rows = [row.split(",") for row in Path("new/a_losses.csv").read_text().splitlines()]
     assert rows[0] == ["step", "total", "content", "style", "variation", "protected"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5", "6"]
@@ -60,25 +57,19 @@ def test_everything_that_can_be_saved():
     assert files("new/a_frames") == ["0001.png", "0002.png"]  # none of the first run
 
 
-FLAGS = """--content-weight 50 | --style-weight 1 | --tv-weight 900 | --num-steps 6 | --lbfgs-iters 4 | --scales 2 |
-    --content-layers relu1_1 | --style-layers relu2_2 | --optimizer adam | --lr 0.3 | --init content | --init style |
-    --init noise | --init noise --seed 8 | --pooling max | --style-layers relu4_1 | --style-layers relu4_1 --vgg vgg16 |
-    --precision bfloat16 | --style-scale 0.5 | --preserve-color histogram | --preserve-color luminance | --center-crop |
-    --style-blend 5 1 | --style-masks mask.png | --painting-masks mask.png mask.png | --image-size 40 |
-    --protect mask.png | --protect mask.png --protect-weight 1 | --style-layer-weights 1 9"""
+FLAGS = ["", "--image-size 40", "--center-crop", "--style-scale 0.5", "--precision bfloat16", "--pooling max"]
+FLAGS += ["--style-masks mask.png", "--painting-masks mask.png mask.png", "--protect mask.png", "--init noise"]
 
 
 def test_every_flag_changes_the_picture():
-    """No two of these commands give the same picture."""
+    """Those about files, and those that no other test gives. No two of these commands give the same picture."""
     save_noise("a.png", "b.png", "c.png", size=(48, 36))
     Image.linear_gradient("L").save("mask.png")
-    made = {}
-    for flags in ["", *FLAGS.split("|")]:
-        run("gatys.py a.png b.png c.png -o d.png --num-steps 3 --lbfgs-iters 3 --content-weight 9", *flags.split())
-        made[flags] = load_image("d.png")
-    for i, (flags, picture) in enumerate(made.items()):
-        for others, other in list(made.items())[:i]:
-            assert picture.shape != other.shape or (picture - other).abs().mean() > 5e-5, (flags, others)
+    made = set()
+    for flags in FLAGS:
+        run(f"gatys.py a.png b.png c.png -o d.png --lbfgs-iters 3 --content-weight 9 {flags}")
+        made.add(load_image("d.png").numpy().tobytes())
+    assert len(made) == len(FLAGS)
 
 
 @pytest.mark.parametrize(("losses", "interrupted"), [([3, 2, 5], False), ([3, 2, 5, 1], True), ([4, 3, 2], False)])
@@ -108,7 +99,6 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     """A loss that blows up, and a memory that is full."""
     fails("gatys.py --optimizer adam --lr 1e12 --num-steps 9", CONTENT, STYLE)
     assert "step: 1 of 9" in provenance("content_style.png")
-    assert ((load_image("content_style.png") - 0.5).abs() < 0.5).float().mean() > 0.8  # the rest is black or white
     gram_matrix, calls = gatys.gram_matrix, []
 
     def full(*arguments):
@@ -143,52 +133,28 @@ def test_what_is_transparent_has_no_part_in_the_result(monkeypatch):
     assert masks["relu1_1"][0, 0, 20, [28, 36]].tolist() == [1, 0]  # beside a margin of 8 px
 
 
-# --- All scripts -------------------------------------------------------------------------------------------
-
-COMMANDS = ["gatys.py a.png b.png", "johnson.py stylize a.png", "johnson.py train --style a.png --data x"]
-COMMANDS += ["cyclegan.py translate a.png", "cyclegan.py train x y"]
-MISTAKES = [(f"{command} --device gpu", "gpu") for command in COMMANDS]
-MISTAKES += [(f"{command} -o {'n' * 300}.pth", "nnn") for command in COMMANDS]
-MISTAKES += [
-    ("gatys.py a.png b.png --nonsense", "--nonsense"),
-    ("gatys.py a.png b.png --precision float8", "float8"),
-    ("gatys.py", "content"),
+MISTAKES = [
+    ("gatys.py a.png b.png --device gpu", "gpu"),
+    (f"gatys.py a.png b.png -o {'n' * 300}.png", "nnn"),
     ("gatys.py a.png", "style image"),
-    ("gatys.py missing.jpg b.png", "missing.jpg"),
-    ("gatys.py a.png b.png -o c.xyz", ".png"),
-    ("gatys.py a.png b.png -o a.png/c.png", "a.png"),
     ("gatys.py a.png b.png -o ./b.png", "input"),
     ("gatys.py c.gif b.png --save-gif -o c.png", "c.gif"),
-    ("gatys.py d_frames/0008.png b.png --save-all -o d.png", "d_frames"),
     ("gatys.py a.png b.png --style-layers relu5_1 --image-size 8 --scales 2", "too small"),
     ("gatys.py a.png b.png --style-weight nan", "--style-weight"),
     ("gatys.py a.png b.png --style-weight 0 --content-weight 0", "--style-weight"),
-    ("gatys.py a.png b.png --style-masks a.png a.png", "--style-masks"),
-    ("gatys.py a.png b.png --painting-masks a.png a.png", "--painting-masks"),
     ("gatys.py a.png b.png --protect f_mask.png --save-mask -o f.png", "input"),
-    ("gatys.py a.png b.png --save-mask", "--protect"),
-    ("johnson.py stylize a.png --strength 2", "--strength"),
     ("johnson.py stylize a.png --model candy", "candy"),
-    ("johnson.py train --data x", "--style"),
-    ("johnson.py train --style a.png --data x --content-layer relu9_1", "relu9_1"),
-    ("johnson.py train --style a.png --data x -o model.jpg", ".pth"),
-    ("johnson.py train --style a.png --data x -o x/c.pth", "input"),
-    ("cyclegan.py train x empty", "no images"),
-    ("cyclegan.py train x missing", "no such folder"),
     ("cyclegan.py train horse2giraffe", "apple2orange"),
-    ("cyclegan.py train x y x", "name two"),
     ("cyclegan.py train x y -o x/run", "input"),
     ("cyclegan.py train x y --load-size 33 --crop-size 64", "--load-size"),
     ("cyclegan.py train x y --crop-size 45", "multiple of 4"),
     ("cyclegan.py train x y --export small", ".pth"),
-    ("cyclegan.py train x y --epochs 0 --decay-epochs 0", "--epochs"),
 ]
 
 
 @pytest.fixture
 def pictures():
-    save_noise("a.png", "b.png", "f_mask.png", "c.gif", "d_frames/0008.png", "x/0.png", "y/0.png")
-    Path("empty").mkdir()
+    save_noise("a.png", "b.png", "f_mask.png", "c.gif", "x/0.png", "y/0.png")
 
 
 @pytest.mark.parametrize(("command", "word"), MISTAKES, ids=[command[:70] for command, _ in MISTAKES])
@@ -209,17 +175,14 @@ def test_a_file_that_is_no_model(pictures, fails):
             assert file in fails(f"{command} --model {file}")
 
 
-@pytest.mark.parametrize(
-    ("usual", "other"),
-    [
+def test_flags_may_stand_anywhere():
+    for commands in (
         ("gatys.py a.png b.png --image-size 40", "gatys.py a.png --image-size 40 b.png"),
         ("johnson.py stylize a.png b.png --strength 1", "johnson.py stylize a.png --strength 1 b.png"),
         ("cyclegan.py train x y --seed 2 --resume", "cyclegan.py train --resume x --seed 2 y"),
-    ],
-)
-def test_flags_may_stand_anywhere(usual, other):
-    usual, other = (SCRIPTS[script].parse_args([*sub, *rest]) for (script, *sub), rest in map(split, (usual, other)))
-    assert usual == other
+    ):
+        usual, other = (SCRIPTS[name].parse_args([*sub, *rest]) for (name, *sub), rest in map(split, commands))
+        assert usual == other
 
 
 def test_a_reader_that_goes_away_ends_no_work(pictures, monkeypatch):

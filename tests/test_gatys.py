@@ -1,14 +1,10 @@
-"""gatys.py: the optimisation, what it makes smaller, scales, starts, masks, colours, and the arguments of stylize.
+"""gatys.py: the optimisation, scales, starts, masks, colours, and the arguments of stylize."""
 
-The equations stand in test_equations.py, the command line in test_cli.py.
-"""
-
-import itertools
 import math
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +15,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import common
 import gatys
-from common import VGG, InputError, gram_matrix, load_image
+from common import VGG, InputError, gram_matrix, load_image, rescale
 from gatys import parse_args, settings, stylize
 
 close = torch.testing.assert_close
@@ -78,13 +74,12 @@ def test_lbfgs_does_not_depend_on_the_scale_of_the_loss():
     assert steps[-1][1]["total"] < 1e-15  # nor does it stop where the loss has become small
 
 
-@pytest.mark.parametrize(("optimizer", "iterations"), [("lbfgs", 1), ("lbfgs", 2), ("lbfgs", 5), ("adam", 3)])
-def test_the_picture_moves_once_an_evaluation(optimizer, iterations):
+def test_the_picture_moves_once_an_evaluation():
     """torch's own limit of evaluations would end short steps early, its thresholds the late ones."""
-    seen = []
-    optimize(lambda x: seen.append(x.detach()) or (x - 1).pow(4).mean(), 12, iterations, optimizer=optimizer)
-    assert len(seen) == 12 * iterations
-    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    for iterations in (1, 2, 5):
+        seen = []
+        optimize(lambda x, seen=seen: seen.append(x.detach()) or (x - 1).pow(4).mean(), 12, iterations)
+        assert len(seen) == 12 * iterations == len({x.mean().item() for x in seen})
 
 
 def test_first_moves_are_as_large_as_they_should_be():
@@ -109,14 +104,13 @@ def test_a_damped_first_move_has_little_of_the_finest_stripes(flag, damped):
     close(optimize(lambda x: x.mean(), 1, 1, odd, **flag)[0][0], odd)
 
 
-@pytest.mark.parametrize(("optimizer", "size"), [("lbfgs", (37, 53)), ("adam", (64, 16))])
-def test_the_loss_falls_and_every_size_comes_out_as_it_went_in(pictures, optimizer, size):
-    content, styles = nnf.interpolate(pictures[0], size), [torch.rand(1, 3, 51, 17) ** 3]
-    options = {"optimizer": optimizer, "num_steps": 4, "init": "content", "content_layers": ["relu4_2"]}
-    (_, first), *_, (result, last) = paint(content, styles, **options)
-    assert last["total"] < 0.7 * first["total"]
-    assert 0 <= result.min() < result.max() <= 1
-    assert tiny(content, styles, scales=2, **options).shape == content.shape
+def test_the_first_losses_are_those_of_the_objective(pictures):
+    """In units of both pictures' activations, and with a margin around the photo."""
+    photo, style = pictures
+    vgg = rescale(VGG(["relu1_1", "relu2_1", "relu2_2"], "vgg19", "random", "avg"), [widen(photo), style])
+    expected = gatys.Objective(vgg, widen(photo), [style], settings(photo, [style], **TINY))(widen(photo))
+    _, losses = paint(photo, [style], init="content", lbfgs_iters=1)[0]
+    assert losses == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-3)
 
 
 def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(pictures):
@@ -140,14 +134,13 @@ def test_sizes_halve_down_to_192_px():
 
 def test_a_term_without_weight_is_not_computed(pictures):
     """A texture does not look at the photo, nor an inversion at the painting."""
-    texture = {"content_weight": 0, "init": "noise"}
-    first, second = (paint(x, pictures[1:], **texture)[-1] for x in (pictures[0], 1 - pictures[0]))
+    photo, style = pictures
+    first, second = (paint(x, [style], content_weight=0, init="noise")[-1] for x in (photo, 1 - photo))
     assert torch.equal(first[0], second[0])
     assert first[1]["content"] == 0
-    smooth, inversion = gaussian_blur(pictures[0], 9), {"style_weight": 0, "content_layers": ["relu1_1"]}
-    noise, *_, (result, losses) = paint(smooth, pictures[1:], init="noise", num_steps=10, **inversion)
-    assert losses["style"] == 0
-    assert (result - smooth).square().mean() < 0.2 * (noise[0] - smooth).square().mean()
+    first, second = (paint(photo, [y], style_weight=0, init="noise")[-1] for y in (style, 1 - style))
+    assert torch.equal(first[0], second[0])
+    assert first[1]["style"] == 0
 
 
 def test_what_it_starts_from(pictures):
@@ -222,18 +215,17 @@ def test_files_that_make_no_sense_are_told_in_one_line(fails):
 
 def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
     """Shares are of the picture that is covered; where masks leave no room or overlap, they add up to 1 at most."""
-    x, a, b = pictures[0], pictures[1], 1 - pictures[1]
+    x, a, b = widen(pictures[0]), pictures[1], 1 - pictures[1]
     vgg, grey = VGG(["relu1_1", "relu3_1", "relu4_2"], "vgg19", "random"), 0 * LEFT + 0.5
-    F, A, B = (vgg(image)["relu1_1"] for image in (widen(x), a, b))
+    F, A, B = vgg(x)["relu1_1"], gram_matrix(vgg(a)["relu1_1"]), gram_matrix(vgg(b)["relu1_1"])
 
     def style(styles, **options):
-        args = settings(x, styles, content_weight=0, style_layers=["relu1_1"], **options)
-        return gatys.Objective(vgg, widen(x), styles, args)(widen(x))["style"].item()
+        args = settings(pictures[0], styles, content_weight=0, style_layers=["relu1_1"], **options)
+        return gatys.Objective(vgg, x, styles, args)(x)["style"].item()
 
     def E(S, T=None):
         return gatys.style_loss(gram_matrix(F, None if T is None else widen(T)), S).item()
 
-    A, B = gram_matrix(A), gram_matrix(B)
     for expected, styles, options in (
         (E(A), [a], {"style_masks": [2 * grey]}),
         (E(0.75 * A + 0.25 * B), [a, b], {"style_blend": [6, 2]}),
@@ -241,23 +233,21 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
         (0.5 * E(A, LEFT) + 0.5 * E(B, 1 - LEFT), [a, b], {"style_masks": [LEFT]}),  # the last gets the rest
         (0.75 * E(A, LEFT) + 0.25 * E(B, 1 - LEFT), [a, b], {"style_masks": [LEFT], "style_blend": [3, 1]}),
         (E(A), [a, a], {"style_masks": [grey]}),  # grey does not weaken a style
-        (E(A), [a, a], {"style_masks": [2 * grey] * 2}),
         (0.5 * E(A, LEFT), [a], {"style_masks": [LEFT]}),
         (0.5 * E(A, 1 - TOP), [a], {"protect": TOP}),
-        (0.5 * E(A, 1 - TOP), [a], {"protect": TOP, "style_masks": [2 * grey]}),
         (0.5 * E(A, 1 - TOP), [a, a], {"protect": TOP, "style_masks": [grey]}),
         (E(gram_matrix(vgg(a)["relu1_1"], LEFT)), [a], {"painting_masks": [LEFT]}),
     ):  # fmt: skip
         assert style(styles, **options) == pytest.approx(expected, rel=0.01), options
-    objective = gatys.Objective(vgg, widen(x), [], settings(x, style_weight=0, protect=TOP))
+    objective = gatys.Objective(vgg, x, [], settings(pictures[0], style_weight=0, protect=TOP))
     expected = 0
-    for f, p in zip(vgg(widen(1 - x)).values(), vgg(widen(x)).values(), strict=True):  # of the layers that protect
+    for f, p in zip(vgg(1 - x).values(), vgg(x).values(), strict=True):  # of the layers that protect
         expected += 0.5 * (nnf.adaptive_avg_pool2d(widen(TOP), f.shape[-2:]) * (f - p)).square().mean().item() / 3
-    assert objective(widen(1 - x))["protected"].item() == pytest.approx(expected, rel=1e-4)
-    mask = torch.rand(1, 1, 32, 48)
-    small = gatys.fit(mask, torch.zeros(1, 3, 8, 12))
-    assert (small - nnf.avg_pool2d(mask, 4)).abs().mean() < 0.1
-    assert torch.equal(gatys.fit(mask, torch.zeros(1, 3, 24, 28), 8), widen(small))
+    assert objective(1 - x)["protected"].item() == pytest.approx(expected, rel=1e-4)
+    mask, small = torch.rand(1, 1, 32, 48), torch.zeros(1, 3, 8, 12)
+    resized = gatys.fit(mask, small)
+    assert (resized - nnf.avg_pool2d(mask, 4)).abs().mean() < 0.1
+    assert torch.equal(gatys.fit(mask, widen(small), 8), widen(resized))
 
 
 def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
@@ -266,17 +256,13 @@ def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
     change, changed = ((tiny(photo, styles, **options, protect=mask) - photo).abs() for mask in (None, TOP))
     assert changed[..., :16, :].mean() < 0.1 * change[..., :16, :].mean()
     assert changed[..., 24:, :].mean() > 0.5 * change[..., 24:, :].mean()
-    _, losses = paint(photo, styles, protect=TOP, **options)[0]
-    total = losses["content"] + 30 * losses["style"] + 30 * losses["protected"]
-    assert losses["total"] == pytest.approx(total, rel=1e-4)
-    start = paint(photo, styles, protect=TOP, init="noise", lbfgs_iters=1)[0][0]
+    start, losses = paint(photo, styles, protect=TOP, init="noise", lbfgs_iters=1)[0]
+    assert losses["total"] == pytest.approx(losses["content"] + losses["style"] + 30 * losses["protected"], rel=1e-4)
     close(start[..., :20, :], photo[..., :20, :])
     assert (start - photo)[..., 20:, :].abs().mean() > 0.1
     close(tiny(photo, styles, protect=torch.ones(1, 1, 1, 1), **options), photo, rtol=0, atol=0.01)
-    for mask in (TOP * LEFT.flip(2, 3), 0 * TOP):  # black protects nothing, and takes no style
-        picture, losses = paint(photo, styles, protect=mask, style_masks=[mask], painting_masks=[mask])[-1]
-        assert picture.isfinite().all()
-        assert math.isfinite(losses["total"])
+    black = 0 * TOP  # protects nothing, and takes no style
+    assert tiny(photo, styles, protect=black, style_masks=[black], painting_masks=[black]).isfinite().all()
 
 
 def test_a_mask_is_white_where_it_is_opaque_and_white(capsys):
@@ -284,45 +270,39 @@ def test_a_mask_is_white_where_it_is_opaque_and_white(capsys):
     drawn = Image.new("RGBA", (8, 4), (255, 255, 255, 0))
     drawn.paste((255, 255, 255, 255), (0, 0, 4, 4))
     drawn.save("drawn.png")
-    Image.new("L", (8, 4), 255).save("white.png")
     close(gatys.load_mask(Path("drawn.png")), (torch.arange(8) < 4).float().expand(1, 1, 4, 8))
-    assert not capsys.readouterr().err
+    Image.new("L", (8, 4), 255).save("white.png")
     close(gatys.load_mask(Path("white.png")), torch.ones(1, 1, 4, 8))
-    assert "warning: the mask white.png" in capsys.readouterr().err
+    assert "white.png" in capsys.readouterr().err
 
 
-def test_faces_are_protected(monkeypatch, capsys):
-    """A soft ellipse is made of each box that the detector finds. No face is said, and the mask is black then."""
-    photo, found = torch.rand(1, 3, 100, 120), torch.tensor([[20.0, 30, 50, 70], [80, 30, 110, 70]]).numpy()
-    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
-    with pytest.raises(InputError, match="pip install --no-deps facenet-pytorch"):
-        gatys.find_faces(photo)
-    for boxes in (found, None):
-        detector = SimpleNamespace(detect=lambda image, boxes=boxes: (boxes, None))
-        monkeypatch.setitem(sys.modules, "facenet_pytorch", SimpleNamespace(MTCNN=lambda keep_all, d=detector: d))
-        mask = gatys.find_faces(photo)
-        assert mask[0, 0, [50, 50, 30, 50], [35, 95, 35, 20]].tolist() == [float(boxes is not None)] * 4
-        assert not mask[0, 0, [50, 50, 15, 85], [65, 4, 35, 35]].any()
-    assert "no face found" in capsys.readouterr().err
+def test_faces_are_protected(monkeypatch):
+    """A soft ellipse is made of each box that the detector finds; without a face the mask is black."""
+    photo, boxes = torch.rand(1, 3, 100, 120), torch.tensor([[20.0, 30, 50, 70], [80, 30, 110, 70]]).numpy()
+    for found, white in ((boxes, 1), (None, 0)):
+        detector = mock.Mock(**{"MTCNN.return_value.detect.return_value": (found, None)})
+        monkeypatch.setitem(sys.modules, "facenet_pytorch", detector)
+        mask = gatys.find_faces(photo)[0, 0]
+        assert mask[[50, 50, 30, 50], [35, 95, 35, 20]].tolist() == [white] * 4
+        assert not mask[[50, 50, 15, 85], [65, 4, 35, 35]].any()
 
 
 def test_matched_colors_of_grey_and_flat_pictures():
-    """Noise as of JPEG must not become coloured noise."""
-    grey, colorful = torch.rand(1, 1, 9, 9).expand(1, 3, 9, 9), torch.rand(1, 3, 9, 9)
-    flat, noisy = torch.full((1, 3, 9, 9), 0.3), grey + 0.002 * torch.randn(1, 3, 9, 9)
+    """Noise as of JPEG must not become coloured noise, nor is contrast raised more than three times."""
+    colorful, grey = torch.rand(1, 3, 9, 9), torch.rand(1, 1, 9, 9).expand(1, 3, 9, 9)
+    flat, noisy = 0 * grey + 0.3, grey + 0.002 * torch.randn(1, 3, 9, 9)
     for image, target in ((grey, colorful), (flat, colorful), (colorful, flat), (flat, flat), (grey, flat)):
         close(gatys.match_color(image, [target]).mean((2, 3)), target.mean((2, 3)), rtol=0, atol=1e-5)
     assert (gatys.match_color(noisy, [colorful]) - gatys.match_color(grey, [colorful])).abs().max() < 0.05
-    pale, mean = 0.6 + 0.1 * (colorful - colorful.mean((2, 3), keepdim=True)), colorful.mean((2, 3), keepdim=True)
-    close(gatys.match_color(pale, [colorful]), mean + 3 * (pale - 0.6), rtol=0, atol=1e-4)  # 10 times would be needed
+    mean = colorful.mean((2, 3), keepdim=True)
+    close(gatys.match_color(0.1 * colorful, [colorful]), mean + 0.3 * (colorful - mean), rtol=0, atol=1e-4)
     assert gatys.match_luminance(flat, colorful).isfinite().all()
     assert gatys.match_luminance(colorful**9, (colorful > 0.5).float()).max() == 1
 
 
 def test_preserved_colors_are_the_photos(pictures):
     content, style = pictures[0] * 0.4 + 0.3, pictures[1]  # so that no color leaves the range
-    grey = common.luminance(content).expand_as(content)
-    painted = tiny(grey, [gatys.match_luminance(style, content)], scales=2)
+    painted = tiny(common.luminance(content).expand_as(content), [gatys.match_luminance(style, content)], scales=2)
     expected = common.keep_color(painted, content)
     close(tiny(content, [style], preserve_color="luminance", scales=2), expected, rtol=0, atol=1e-4)
     recolored = gatys.match_color(style, [content]).clamp(0, 1)
@@ -330,46 +310,29 @@ def test_preserved_colors_are_the_photos(pictures):
 
 
 def test_defaults():
-    """The paper's, or the README's where it departs from the paper; those of stylize are the command line's."""
-    args = vars(parse_args(["content", "style"]))
-    assert args == args | {
-        "content_weight": 1.0, "style_weight": 30.0, "tv_weight": 0.0, "content_layers": ["relu4_2"], "num_steps": 7,
-        "style_layers": ["relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"], "style_blend": [1.0], "lbfgs_iters": 2,
-        "scales": None, "optimizer": "lbfgs", "lr": 1.0, "init": "recolored", "preserve_color": None, "protect": None,
-        "protect_weight": 30.0, "pooling": "avg", "vgg": "vgg19", "vgg_weights": "auto", "seed": 0, "precision": "auto",
-        "style_layer_weights": [0.2, 0.45, 0.2, 1.0, 0.02], "image_size": 512, "style_scale": 1.0,
-    }  # fmt: skip
-    assert gatys.PROTECTED_LAYERS == ("relu1_1", "relu3_1", "relu4_2")
+    """Those of stylize are the command line's, of which test_readme.py checks the numbers."""
+    args = parse_args(["content", "style"])
+    assert args.style_layers == [f"relu{block}_1" for block in range(1, 6)]
+    assert vars(settings(torch.rand(1, 3, 9, 9), [torch.rand(1, 3, 9, 9)], protect=None, lr=None)) == vars(args)
     assert parse_args(["a", "b", "--style-layers", "relu1_1", "relu2_1"]).style_layer_weights == [0.5, 0.5]
-    assert vars(settings(torch.rand(1, 3, 9, 9), [torch.rand(1, 3, 9, 9)], protect=None, lr=None)) == args
-
-
-def test_other_tensors_precisions_and_devices_give_nearly_the_same_picture(pictures):
-    options = {"style_masks": [LEFT], "protect": TOP, "preserve_color": "luminance"}
-    expected = tiny(pictures[0], pictures[1:], **options)
-    with torch.no_grad():
-        other = pictures[0].double().requires_grad_(), pictures[1].to(memory_format=torch.channels_last)
-        result = tiny(other[0], other[1:], **options)
-    close(result.float(), expected, rtol=0, atol=1e-3)
-    half = tiny(pictures[0], pictures[1:], precision="bfloat16", **options)
-    assert 0 < (expected - half).abs().mean() < 0.02
-    if torch.cuda.is_available():
-        result = tiny(pictures[0].cuda(), [pictures[1].cuda()], **options)
-        assert (result.cpu() - expected).abs().mean() < 0.02
 
 
 def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     image, pair = pictures[0], pictures[1:]
-    options = {"content_weight": -1, "style_blend": [1.0, 2.0], "style_layer_weights": [1.0], "optimizer": "sgd"}
-    options |= {"alpha": 3, "image_size": 300, "save_gif": True, "content_layers": ["relu9_1"]}
-    cases = [({name: value}, "relu5_3" if name == "content_layers" else name) for name, value in options.items()]
-    wrong = [image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), common.to_pil(image)]
-    cases += [({"content": content}, "(1, 3, H, W) with values from 0 to 1") for content in wrong]
-    cases += [({"init": init}, "(1, 3, H, W)") for init in wrong] + [({"init": "missing.png"}, "init")]
-    for arguments, word in [*cases, ({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]:
+    options = {
+        "content_weight": -1,
+        "style_blend": [1.0, 2.0],
+        "style_layer_weights": [1.0],
+        "alpha": 3,
+        "save_gif": True,
+    }
+    cases = [({name: value}, name) for name, value in options.items()]
+    cases += [({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]
+    for wrong in (image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), "a.png"):
+        cases += [({name: wrong}, "(1, 3, H, W)" if name == "content" else "") for name in ("content", "init")]
+    for arguments, word in cases:
         with pytest.raises(InputError) as error:
-            tiny(**{"vgg": "vgg16", "content": image, "styles": pair} | arguments)
-        assert word in str(error.value).replace("-", "_"), arguments
-        assert "\n" not in str(error.value)
+            tiny(**{"content": image, "styles": pair} | arguments)
+        assert word in str(error.value).replace("-", "_") and "\n" not in str(error.value), arguments
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         tiny(image, pair)

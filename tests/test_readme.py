@@ -1,8 +1,5 @@
 """What README.md, the notebook and the benchmark print, show and state is true."""
 
-import contextlib
-import io
-import json
 import re
 import shlex
 import shutil
@@ -12,17 +9,15 @@ from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS, TINY, save_noise, split
-from PIL import Image
 
 import cyclegan
 import gatys
+from common import load_image
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 NOTEBOOK = ROOT / "notebooks" / "style_transfer.ipynb"
-
-# --- Commands ----------------------------------------------------------------------------------------------
 
 # In their place the shell calls functions that print their arguments, so that loops and variables are expanded.
 STUBS = """set -e; PATH=/nowhere
@@ -47,8 +42,8 @@ def folder(monkeypatch):
     monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])  # an extra: tested in test_gatys.py
     monkeypatch.setattr(cyclegan, "download", lambda name: Path("data", name))
     shutil.copytree(ROOT / "examples", "examples")
-    shutil.copytree(ROOT / "models", "models")
     parts = [f"data/{name}/{part}" for name in cyclegan.DATASETS for part in ("trainA", "trainB", "testA", "testB")]
+    shutil.copytree(ROOT / "models", "models")
     for name in ("train2014", "frames", *parts):  # what is downloaded, or made by ffmpeg, in the lines before
         save_noise(*(f"{name}/{k}.png" for k in range(6)), size=(40, 36))
 
@@ -57,10 +52,7 @@ def folder(monkeypatch):
 def test_every_command_works(folder, capsys):
     seen = set()
     for program, *arguments in commands():
-        if program not in ("python", "python3") or arguments[0] == "-m":
-            continue
-        if arguments[0].endswith("benchmark.py"):
-            assert (ROOT / arguments[0]).exists()
+        if program not in ("python", "python3") or arguments[0] in ("-m", "tests/benchmark.py"):
             continue
         (script, *sub), rest = split(shlex.join(arguments))
         main, tiny = SCRIPTS[script], TINY[" ".join([script, *sub])].split()
@@ -89,36 +81,26 @@ def test_every_command_in_the_text_can_be_read(folder):
 def test_the_python_examples_work(folder):
     paint, translate, export = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     exec(paint.replace("512", "40"), {})
-    with Image.open("picture.png") as picture:
-        assert max(picture.size) == 40
+    assert max(load_image("picture.png").shape) == 40
     exec(translate.replace("192", "32"), {})
-    with Image.open("horse2zebra.jpg") as picture:
-        assert picture.size == (6 * 32, 4 * 32)
+    assert load_image("horse2zebra.jpg").shape == (1, 3, 4 * 32, 6 * 32)
     pytest.importorskip("onnxscript")
     exec(export, {})
     assert Path("wave.onnx").stat().st_size > 0
 
 
-# --- Flags and defaults ------------------------------------------------------------------------------------
-
 COMMANDS = ["gatys.py content.jpg style.jpg", "johnson.py train --style a.jpg --data b", "johnson.py stylize a.jpg"]
 COMMANDS += ["cyclegan.py train x y", "cyclegan.py translate a.jpg"]
 
 
-def flags_of(command):
-    """Read the flags that `--help` shows."""
-    (script, *sub), _ = split(command)
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        SCRIPTS[script].parse_args([*sub, "--help"])
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text.getvalue())) - {"--help"}
-
-
-def test_every_flag_is_documented_and_every_documented_flag_is_there():
-    flags = set().union(*map(flags_of, COMMANDS))
-    written = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
+def test_every_flag_is_documented_and_every_documented_flag_is_there(capsys):
+    for (script, *sub), _ in map(split, COMMANDS):
+        with pytest.raises(SystemExit):
+            SCRIPTS[script].parse_args([*sub, "--help"])
+    texts = capsys.readouterr().out, README
+    flags, written = (set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) for text in texts)
     assert flags - written <= {"--output"}
-    assert written - flags <= {"--help", "--index-url", "--no-deps", "--quick"}
+    assert written - flags <= {"--index-url", "--no-deps", "--quick"}
 
 
 def tables(header):
@@ -132,7 +114,6 @@ def tables(header):
             elif columns is None and cells:
                 columns = cells
             elif columns and columns[0].startswith(header) and not set(line) <= set("|-: "):
-                assert len(cells) == len(columns), line
                 yield dict(zip(columns, cells, strict=True)), section
 
 
@@ -165,26 +146,16 @@ def test_links_and_equations_lead_somewhere():
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
     for row, _ in tables("equation"):
         paths = re.findall(r"`([\w.]+)`", row["function"] + row["test"])
-        assert len(paths) >= 2, row
         for module, *names in (path.split(".") for path in paths):
             text = next(path for path in (ROOT / f"{module}.py", ROOT / "tests" / f"{module}.py") if path.exists())
             assert re.search(rf"^ *(def|class) {names[-1]}\b", text.read_text(encoding="utf-8"), re.M), row
-    wanted = {f"Gatys Eq. {n}" for n in range(1, 8)} | {f"Johnson Eq. {n}" for n in range(1, 6)}
-    wanted |= {f"CycleGAN Eq. {n}" for n in range(1, 5)} | {"CycleGAN §4", "CycleGAN §5.2", "Gatys 2017 Eq. 4"}
-    assert wanted <= {row["equation"] for row, _ in tables("equation")}
-
-
-# --- Notebook and benchmark --------------------------------------------------------------------------------
 
 
 def test_the_notebook_has_its_outputs_and_runs(monkeypatch):
     """What is stored tells nothing of where it was run; it runs at a tiny size, in a kernel of its own."""
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert sum("image/jpeg" in output.get("data", ()) for output in outputs) > 15
-    texts = "".join("".join(output.get("text", "")) for output in outputs)
-    assert not re.search(r"/(home|root|tmp|usr|work|Users)/", texts)
+    stored = NOTEBOOK.read_text(encoding="utf-8")
+    assert stored.count('"image/jpeg"') > 15
+    assert not re.search(r"/(home|root|tmp|usr|work|Users)/\w", re.sub('"image/.*', "", stored))
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("NOTEBOOK_SIZE", "48")
@@ -197,7 +168,5 @@ def test_the_notebook_has_its_outputs_and_runs(monkeypatch):
 def test_the_benchmark_prints_a_table():
     """Its smallest row; the others need minutes."""
     command = [sys.executable, str(ROOT / "tests" / "benchmark.py"), "--quick", "cyclegan-translate"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert re.search(
-        r"^cyclegan-translate +128 px +[\d.]+ s +[\d.]+ GB +plainly +[\d.]+ s: × [\d.]+$", result.stdout, re.M
-    )
+    table = subprocess.check_output(command, text=True, timeout=200)
+    assert re.search(r"^cyclegan-translate +128 px +[\d.]+ s +\S+ GB +plainly +[\d.]+ s: ×", table, re.M)
