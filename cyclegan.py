@@ -215,6 +215,7 @@ class CycleGAN:
         self.pool_X, self.pool_Y = (ImagePool(args.pool_size, 1000 * args.seed + k) for k in range(2))
 
     def average(self, w_ema: Tensor, w: Tensor, n: Tensor) -> Tensor:
+        """Move the average of a weight towards its value after one more step."""
         return torch.lerp(w, w_ema, ((1 + n) / (10 + n)).clamp(max=self.args.ema))
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def test_every_flag_is_documented_and_every_documented_flag_is_there(capsys):
     texts = capsys.readouterr().out, README
     flags, written = (set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) for text in texts)
     assert flags - written <= {"--output"}
-    assert written - flags <= {"--index-url", "--no-deps", "--quick"}
+    assert written - flags <= {"--find-links", "--index-url", "--no-deps", "--no-index", "--quick"}
 
 
 def tables(header):
