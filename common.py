@@ -22,6 +22,7 @@ from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -491,13 +492,21 @@ def all_finite(state: dict[str, Any]) -> bool:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Show defaults in the help, and leave the reporting of errors to `one_line_errors`."""
+    """Show defaults in the help, in few lines, and leave the reporting of errors to `one_line_errors`."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        formatter = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=36)
+        super().__init__(formatter_class=formatter, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        if names[0].startswith("-") and options.get("type"):
+            options = {"metavar": "PATH" if options["type"] is Path else "N"} | options
+        return super().add_argument(*names, **options)
 
     def format_help(self) -> str:
-        return re.sub(r"\s+\(default:\s+(None|False|\(\))\)", "", super().format_help())
+        text = re.sub(r"\s+\(default:\s+(None|False|\(\))\)", "", super().format_help())
+        lists = re.compile(r"(default:\s+)[\[(](.*?),?[\])](?=\))", re.DOTALL)
+        return lists.sub(lambda found: found[1] + found[2].replace("'", ""), text)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
