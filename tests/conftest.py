@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def random_weights(arch):
 common._load_weights = lambda arch, weights: (
     random_weights(arch) if weights == "random" else load_weights(arch, weights)
 )
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in its background ignore it
 
 SCRIPTS = {"gatys.py": gatys, "johnson.py": johnson, "cyclegan.py": cyclegan}
 TINY = {  # what makes each command small enough for a test
