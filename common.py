@@ -177,10 +177,8 @@ def check_memory(x: Tensor, bytes_a_pixel: int) -> None:
     elif hasattr(os, "sysconf"):  # not on Windows
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > memory:
-        size, longer = f"{x.shape[-1]}×{x.shape[-2]} px", int(max(x.shape[-2:]) * (memory / need) ** 0.5)
-        raise InputError(
-            f"out of memory: {size} take about {need / 1e9:.0f} GB; a longer side of {longer} px would fit"
-        )
+        longer = int(max(x.shape[-2:]) * (memory / need) ** 0.5)
+        raise InputError(f"out of memory: it takes about {need / 1e9:.0f} GB; a longer side of {longer} px would fit")
 
 
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
@@ -201,7 +199,7 @@ def keep_color(image: Tensor, photo: Tensor) -> Tensor:
 # Nothing below is in any of the papers: weight files, folders, training runs, the command line.
 # ===========================================================================================================
 
-# --- Files ---------------------------------------------------------------------------------------
+# --- Files -------------------------------------------------------------------------------------------------
 
 JPEG = {"quality": 95, "subsampling": 0}  # Pillow's options for saving
 FORMATS: dict[str, Any] = {".png": {}, ".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}, ".tif": {}, ".tiff": {}}
@@ -488,7 +486,7 @@ def all_finite(state: dict[str, Any]) -> bool:
     return all(bool(value.isfinite().all()) for value in state.values())
 
 
-# --- The command line, devices --------------------------------------------------------------------
+# --- The command line, devices -----------------------------------------------------------------------------
 
 
 class ArgumentParser(argparse.ArgumentParser):

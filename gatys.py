@@ -215,7 +215,8 @@ def network(device: torch.device, *options: Any) -> VGG:
 def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     """Plan the scales from coarse to fine, …, ¼, ½, 1 (2017, §6), and the steps of each; one scale is the paper's."""
     coarser = max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))  # from 192 px or more
-    scales = args.scales or 1 + coarser * (args.init in STARTS)  # they would lose the details of another picture
+    coarser = coarser if args.init in STARTS else 0  # which would lose the details of a picture to continue from
+    scales = args.scales or 1 + coarser
     return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
 
 
@@ -340,10 +341,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         (len(args.style_masks) not in (0, n - 1, n), f"--style-masks needs one for each of {n} styles, or one less"),
         (len(args.painting_masks) not in (0, n), f"--painting-masks needs one for each of {n} styles"),
         (len(blend) != n or (n and not sum(blend)), f"--style-blend needs one for each of {n} styles, not all 0"),
-        (
-            args.init not in STARTS and not Path(args.init).is_file(),
-            f"--init {args.init} is no file, nor {', '.join(STARTS)}",
-        ),
+        (args.init not in STARTS and not Path(args.init).is_file(), f"--init {args.init} is no file, nor of {STARTS}"),
         (n > 4 and not (args.style_blend or args.style_masks or args.painting_masks), f"{n} styles given: {advice}"),
         (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
         (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),

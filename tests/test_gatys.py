@@ -329,7 +329,10 @@ def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     cases = [({name: value}, name) for name, value in options.items()]
     cases += [({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]
     for wrong in (image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), "a.png"):
-        cases += [({name: wrong}, "(1, 3, H, W)" if name == "content" else "") for name in ("content", "init")]
+        cases.append(({"content": wrong}, "(1, 3, H, W) with values from 0 to 1"))
+        cases.append(
+            ({"init": wrong}, "__init a.png" if isinstance(wrong, str) else "(1, 3, H, W) with values from 0 to 1")
+        )
     for arguments, word in cases:
         with pytest.raises(InputError) as error:
             tiny(**{"content": image, "styles": pair} | arguments)

@@ -149,6 +149,9 @@ def test_links_and_equations_lead_somewhere():
         for module, *names in (path.split(".") for path in paths):
             text = next(path for path in (ROOT / f"{module}.py", ROOT / "tests" / f"{module}.py") if path.exists())
             assert re.search(rf"^ *(def|class) {names[-1]}\b", text.read_text(encoding="utf-8"), re.M), row
+    wanted = {f"Gatys Eq. {n}" for n in range(1, 8)} | {f"Johnson Eq. {n}" for n in range(1, 6)}
+    wanted |= {f"CycleGAN Eq. {n}" for n in range(1, 5)} | {"CycleGAN §4", "CycleGAN §5.2", "Gatys 2017 Eq. 4"}
+    assert wanted <= {row["equation"] for row, _ in tables("equation")}
 
 
 def test_the_notebook_has_its_outputs_and_runs(monkeypatch):
