@@ -329,13 +329,25 @@ def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     cases = [({name: value}, name) for name, value in options.items()]
     cases += [({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]
     for wrong in (image[0], torch.cat([image, image]), 255 * image, math.nan * image, image.byte(), "a.png"):
-        cases.append(({"content": wrong}, "(1, 3, H, W) with values from 0 to 1"))
-        cases.append(
-            ({"init": wrong}, "__init a.png" if isinstance(wrong, str) else "(1, 3, H, W) with values from 0 to 1")
-        )
+        word = "(1, 3, H, W) with values from 0 to 1"
+        cases += [({"content": wrong}, word), ({"init": wrong}, "a.png" if isinstance(wrong, str) else word)]
     for arguments, word in cases:
         with pytest.raises(InputError) as error:
             tiny(**{"content": image, "styles": pair} | arguments)
         assert word in str(error.value).replace("-", "_") and "\n" not in str(error.value), arguments
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         tiny(image, pair)
+
+
+def test_other_tensors_precisions_and_devices_give_nearly_the_same_picture(pictures):
+    options = {"style_masks": [LEFT], "protect": TOP, "preserve_color": "luminance"}
+    expected = tiny(pictures[0], pictures[1:], **options)
+    with torch.no_grad():
+        other = pictures[0].double().requires_grad_(), pictures[1].to(memory_format=torch.channels_last)
+        result = tiny(other[0], other[1:], **options)
+    close(result.float(), expected, rtol=0, atol=1e-3)
+    half = tiny(pictures[0], pictures[1:], precision="bfloat16", **options)
+    assert 0 < (expected - half).abs().mean() < 0.02
+    if torch.cuda.is_available():
+        result = tiny(pictures[0].cuda(), [pictures[1].cuda()], **options)
+        assert (result.cpu() - expected).abs().mean() < 0.02
