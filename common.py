@@ -490,21 +490,27 @@ def all_finite(state: dict[str, Any]) -> bool:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Show defaults in the help, in few lines, and leave the reporting of errors to `one_line_errors`."""
+    """Show defaults and a docstring's examples in the help, in few lines; leave errors to `one_line_errors`."""
 
-    def __init__(self, **options: Any) -> None:
-        formatter = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=36)
-        super().__init__(formatter_class=formatter, **options)
+    group: Any = None  # what flags are added to, in the help
 
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+    def __init__(self, doc: str = "", **options: Any) -> None:
+        formatter = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=39)
+        super().__init__(formatter_class=formatter, add_help=False, description=doc.partition("\n")[0], **options)
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        self.examples = [line for line in doc.splitlines() if line.startswith("    python ")]
+
+    def add_argument(self, *names: str, group: str = "", **options: Any) -> argparse.Action:
+        self.group = self.add_argument_group(group) if group else self.group  # which goes on until the next one
         if names[0].startswith("-") and options.get("type"):
             options = {"metavar": "PATH" if options["type"] is Path else "N"} | options
-        return super().add_argument(*names, **options)
+        return (self.group or super()).add_argument(*names, **options)
 
     def format_help(self) -> str:
-        text = re.sub(r"\s+\(default:\s+(None|False|\(\))\)", "", super().format_help())
+        text = re.sub(r"\s+\(default:\s+(None|False|\(\))\)|(?<![.\]])\n(?=\n[a-z ]+:\n)", "", super().format_help())
         lists = re.compile(r"(default:\s+)[\[(](.*?),?[\])](?=\))", re.DOTALL)
-        return lists.sub(lambda found: found[1] + found[2].replace("'", ""), text)
+        text = lists.sub(lambda found: found[1] + found[2].replace("'", ""), text)
+        return "\n".join([f"{text}examples:", *self.examples, ""])
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
@@ -523,24 +529,25 @@ def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Ca
     return parse
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+def add_device_arguments(parser: ArgumentParser) -> None:
     """Add the flags of every command."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
+    parser.add_argument("--device", group="machine", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the networks")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every training: those that `Training` reads."""
+def add_training_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of every training, those that `Training` reads, and of every command."""
     add = parser.add_argument
-    add("--workers", type=number(int), default=2, help="processes that load pictures")
-    add("--seed", type=number(int, most=2**30), default=0, help="of the initial weights, the order and the crops")
-    add("--checkpoint-every", type=number(int, 1), default=500, metavar="STEPS", help="write all that can be resumed")
+    add("--seed", type=number(int, most=2**30), default=0, help="of initial weights, order and crops")
+    add("--checkpoint-every", type=number(int, 1), default=500, help="save a checkpoint every N steps")
     resume = "go on from this output's checkpoint, if there is one; flags that are given replace its own"
     add("--resume", action="store_true", help=resume)
+    add_device_arguments(parser)
+    add("--workers", type=number(int), default=2, help="processes that load pictures")
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]], older: dict
+    parser: ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]], older: dict
 ) -> Namespace:
     """Parse a subcommand. With --resume, flags that are not given are taken from the checkpoint, its first output.
 
@@ -549,6 +556,7 @@ def parse_args(
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
     if not argv or argv[0] not in commands:
         parser.parse_args(argv)  # which shows the help, or says what is wrong
+    commands[argv[0]].examples = [line for line in parser.examples if f".py {argv[0]} " in line]
     parse = commands[argv[0]].parse_intermixed_args
     args = parse(argv[1:], Namespace(command=argv[0]))
     if argv[0] != "train" or not (found := [path for path in outputs_of(args) if path.exists()]):

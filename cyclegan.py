@@ -6,8 +6,8 @@
 Nobody has photos of the same horse as a zebra. So a generator is trained to make pictures that a discriminator cannot
 tell from zebras. What ties a zebra to its horse is the way back, which a second generator learns.
 
-    python cyclegan.py translate horse.jpg                        # by a model that comes with this
-    python cyclegan.py train horse2zebra -o run/                  # downloads the paper's pictures; or name two folders
+    python cyclegan.py translate horse.jpg          # by a model that comes with this
+    python cyclegan.py train horse2zebra -o run/    # downloads the paper's pictures; or name two folders
     python cyclegan.py translate photo.jpg --model run/checkpoint.pth
 
     X, Y  the domains       G: X → Y, F: Y → X  generators       F(G(x)) ≈ x, G(F(y)) ≈ y  cycle consistency     Eq. 2
@@ -483,7 +483,7 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Read the command line; InputError on a mistake."""
     argv, number = sys.argv[1:] if argv is None else argv, common.number
-    parser = common.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     usage = "%(prog)s DIR [DIR] -o FOLDER [flags]"
@@ -491,44 +491,38 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add = sub.add_argument
     data = "two folders, X and Y, searched with all folders in them; or one with trainA and trainB; or the name of one "
     data += f"of the authors' sets, which is downloaded into data/: {', '.join(DATASETS)}"
-    add("data", nargs="+", metavar="DIR", help=data)
+    add("data", group="pictures", nargs="+", metavar="DIR", help=data)
     add("-o", "--output", type=Path, default=Path("run"), help="folder for the checkpoint, samples and losses")
-    add("--lambda-cycle", type=number(), default=10.0, help="λ of Eq. 3")
+    add("--load-size", type=number(int, 32, 65536), help="their shorter side (default: 286/256 of --crop-size)")
+    add("--crop-size", type=number(int, 32, 65536), default=256, help="side of the training crops, in px")
+    add("--lambda-cycle", group="losses", type=number(), default=10.0, help="λ of Eq. 3")
     add("--lambda-identity", type=number(), default=0.5, help="weight of the identity loss, relative to λ")
     add("--pool-size", type=number(int), default=50, help="made pictures that are kept to be shown again")
-    add("--lr", type=number(most=1e30), default=2e-4, help="learning rate of Adam")
-    add("--beta1", type=number(most=0.999), default=0.5, help="of Adam")
-    add("--batch-size", type=number(int, 1), default=1, help="pictures of each domain a step")
-    add("--epochs", type=number(int), default=100, help="with that learning rate; the larger domain once is an epoch")
-    add("--decay-epochs", type=number(int), default=100, help="after them, in which it falls linearly to 0")
-    add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
-    load_size = "shorter side of a picture, in px (default: 286/256 of --crop-size)"
-    add("--load-size", type=number(int, 32, 65536), help=load_size)
-    add("--crop-size", type=number(int, 32, 65536), default=256, help="side of the training crops, in px")
-    add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 for crops up to 128 px)")
+    blocks = "residual blocks (default: 9; 6 for crops up to 128 px)"
+    add("--blocks", group="networks", type=number(int, 1, 1000), help=blocks)
     add("--width", type=number(int, 1, 4096), default=64, help="channels of the networks' first layer")
-    upsample = "how G and F make pictures larger; the paper's is transposed"
-    add("--upsample", choices=["nearest", "transposed"], default="nearest", help=upsample)
-    add(
-        "--ema",
-        type=number(most=1),
-        default=0.999,
-        help="decay of the running averages of G and F, for samples and export; the paper has 0",
-    )
+    add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
+    add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F; the paper has none")
     models = "start with its weights, in its size: a file of this script, or two of the authors', X → Y and Y → X"
     add("--start-from", nargs="+", metavar="MODEL", help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
+    add("--epochs", group="training", type=number(int), default=100, help="passes through the larger domain, at --lr")
+    decay = "epochs after --epochs in which the rate falls to 0"
+    add("--decay-epochs", type=number(int), default=100, help=decay)
+    add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
+    add("--lr", type=number(most=1e30), default=2e-4, help="learning rate of Adam")
+    add("--beta1", type=number(most=0.999), default=0.5, help="share of the old gradients in Adam's average")
+    add("--batch-size", type=number(int, 1), default=1, help="pictures of each domain a step")
     common.add_training_arguments(sub)
-    common.add_device_arguments(sub)
 
     sub = commands.add_parser("translate", help="translate pictures", usage="%(prog)s input [input ...] [flags]")
     add = sub.add_argument
-    add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
-    add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
-    add("--direction", choices=["x2y", "y2x"], default="x2y", help="G, horse to zebra; or F, zebra to horse")
+    add("inputs", group="pictures", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
-    size = "scale results to this longer side, in px (default: the shorter side is that of the training)"
-    add("--image-size", type=number(int, 1, 65536), help=size)
+    add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: as in training)")
+    add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
+    direction = "x2y: G, for the shipped model horse to zebra; y2x: F, the way back"
+    add("--direction", choices=["x2y", "y2x"], default="x2y", help=direction)
     common.add_device_arguments(sub)
     args = common.parse_args(parser, argv, outputs_of, {"upsample": "transposed", "ema": 0.0})
     if args.command == "train":

@@ -100,7 +100,22 @@ def test_every_flag_is_documented_and_every_documented_flag_is_there(capsys):
     texts = capsys.readouterr().out, README
     flags, written = (set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) for text in texts)
     assert flags - written <= {"--output"}
-    assert written - flags <= {"--find-links", "--index-url", "--no-deps", "--no-index", "--quick"}
+    assert written - flags <= {"--find-links", "--help", "--index-url", "--no-deps", "--no-index", "--quick"}
+
+
+def test_the_help_is_one_screen_in_groups_with_examples(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for (script, *sub), _ in map(split, COMMANDS):
+        with pytest.raises(SystemExit):
+            SCRIPTS[script].parse_args([*sub, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        groups = [line for line in lines if re.fullmatch("[a-z ]+:", line)]
+        assert len(lines) < 54 and groups[0] == "pictures:" and groups[-2:] == ["machine:", "examples:"]
+        flags, examples = "\n".join(lines).split("\nexamples:\n")
+        for example in examples.splitlines():
+            _, *words = shlex.split(example, comments=True)
+            assert words[: 1 + len(sub)] == [script, *sub]
+            assert all(f"  {word} " in flags for word in words if word[0] == "-")
 
 
 def tables(header):
