@@ -209,7 +209,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     common.check_outputs(outputs_of(args), [args.style, args.data, *start_from])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
-    samples, files = common.hold_out(common.find_images(args.data), args.image_size)
+    samples, files = common.hold_out(common.find_images(args.data), args.crop_size)
     samples, y_s = samples.to(device), load_image(args.style, args.style_size).to(device)
 
     torch.manual_seed(args.seed)
@@ -224,7 +224,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     sample = partial(save_samples, f_W, samples, precision, args.output, record)
     run = common.Training(args, device, precision, outputs_of(args)[0], args.iterations, parts, sample, record)
     # Photos are cropped at random. The paper resizes them to 256×256.
-    for (x,) in run.batches(common.Crops([files], args.image_size, args.image_size, args.seed)):
+    for (x,) in run.batches(common.Crops([files], args.crop_size, args.crop_size, args.seed)):
         optimizer.param_groups[0]["lr"] = args.lr * lr_factor(run.step, args.iterations, args.decay_iterations)
         run.log(step(f_W, objective, optimizer, x))
     print(args.output)
@@ -355,7 +355,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--style", group="pictures", type=Path, required=True, help="painting")
     add("--data", type=Path, required=True, help="folder of photos; searched with all folders in it")
     add("-o", "--output", type=Path, default=Path("model.pth"), help="model to write")
-    add("--image-size", type=number(int, 8, 65536), default=256, help="side of the training crops, in px")
+    add("--crop-size", type=number(int, 8, 65536), default=256, help="side of the training crops, in px")
     add("--style-size", type=number(int, 16, 65536), default=512, help="longer side of the painting, in px")
     add("--content-weight", group="losses", type=number(), default=1.0, help="λ_c of Eq. 5")
     add("--style-weight", type=number(), default=5.0, help="λ_s of Eq. 5")

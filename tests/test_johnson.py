@@ -106,9 +106,19 @@ def test_what_a_training_leaves(photos):
     assert [johnson.lr_factor(n, 6, 4) for n in range(6)] == [1, 1, 1, 0.75, 0.5, 0.25]
 
 
+def test_a_checkpoint_with_the_flags_of_before_goes_on_as_it_was(photos):
+    run(TRAIN, "-o", "a.pth")
+    path = Path("a.checkpoint.pth")
+    state = common.load_checkpoint(path)
+    state["args"]["image_size"] = state["args"].pop("crop_size")
+    torch.save(state, path)
+    args = johnson.parse_args([*TRAIN.split()[1:], "-o", "a.pth", "--resume"])
+    assert args.crop_size == 16
+
+
 def test_a_training_starts_from_its_seed_or_from_another_style(photos):
-    run(f"{TRAIN} --image-size 44 --lr 0 -o a.pth --seed 7 --norm batch --upsample transposed --padding start")
-    run(f"{TRAIN} --image-size 44 --lr 0 -o b.pth --start-from a.pth")
+    run(f"{TRAIN} --crop-size 44 --lr 0 -o a.pth --seed 7 --norm batch --upsample transposed --padding start")
+    run(f"{TRAIN} --crop-size 44 --lr 0 -o b.pth --start-from a.pth")
     torch.manual_seed(7)
     expected = TransformNet("batch", "transposed", "start").half().float()
     for path in (Path("a.pth"), Path("b.pth")):
