@@ -565,8 +565,8 @@ def parse_args(
         advice = "continue that training with --resume, or " if found[0] == outputs_of(args)[0] else ""
         raise InputError(f"{found[0]} exists: {advice}choose another --output")
     before = older | load_checkpoint(found[0]).get("args", {})
-    if "image_size" in before:  # so johnson.py called its --crop-size
-        before["crop_size"] = before["image_size"]
+    if "image_size" in before:  # so johnson.py called its --crop-size, when its iterations included the decay
+        before |= {"crop_size": before["image_size"], "iterations": before["iterations"] - before["decay_iterations"]}
     before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
     if before.get("start_from"):  # the checkpoint has the network itself
         before["start_from"] = [str(found[0])] if isinstance(before["start_from"], list) else str(found[0])

@@ -199,8 +199,8 @@ def step(f_W: TransformNet, objective: Objective, optimizer: torch.optim.Optimiz
 
 
 def lr_factor(iteration: int, iterations: int, decay_iterations: int) -> float:
-    """Return 1 in iterations 0, 1, …; then less, linearly, to reach 0 after the last of `decay_iterations`."""
-    return min(1.0, (iterations - iteration) / max(1, decay_iterations))
+    """Return 1 in the first `iterations`, counted from 0; then less, linearly, to reach 0 after `decay_iterations`."""
+    return min(1.0, (iterations + decay_iterations - iteration) / max(1, decay_iterations))
 
 
 def train(args: Namespace, command: Sequence[str]) -> None:
@@ -222,7 +222,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     record = {"architecture": f_W.architecture, "args": common.plain(args), "command": shlex.join(command)}
     parts = {"model": f_W, "optimizer": optimizer}
     sample = partial(save_samples, f_W, samples, precision, args.output, record)
-    run = common.Training(args, device, precision, outputs_of(args)[0], args.iterations, parts, sample, record)
+    steps = args.iterations + args.decay_iterations
+    run = common.Training(args, device, precision, outputs_of(args)[0], steps, parts, sample, record)
     # Photos are cropped at random. The paper resizes them to 256×256.
     for (x,) in run.batches(common.Crops([files], args.crop_size, args.crop_size, args.seed)):
         optimizer.param_groups[0]["lr"] = args.lr * lr_factor(run.step, args.iterations, args.decay_iterations)
@@ -370,7 +371,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--padding", choices=["reflect", "start"], default="reflect", help="the paper's is start")
     add("--start-from", type=model_file, metavar="MODEL", help="go on from its weights: a style, or a file")
     add("--iterations", group="training", type=number(int, 1), default=40000, help="training steps of Adam")
-    add("--decay-iterations", type=number(int), default=0, help="the last ones, in which the rate falls to 0")
+    add("--decay-iterations", type=number(int), default=0, help="steps after them in which the rate falls to 0")
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
     add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")
     common.add_training_arguments(sub)

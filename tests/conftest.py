@@ -40,8 +40,9 @@ TINY = {  # what makes each command small enough for a test
     "gatys.py": """--image-size 48 --num-steps 2 --lbfgs-iters 1 --vgg-weights random --content-layers relu2_2
         --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
     "johnson.py stylize": "--precision float32 --device cpu",
-    "johnson.py train": """--crop-size 16 --style-size 32 --batch-size 2 --iterations 1 --vgg vgg16 --workers 0
-        --vgg-weights random --content-layer relu2_1 --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
+    "johnson.py train": """--crop-size 16 --style-size 32 --batch-size 2 --iterations 1 --decay-iterations 0
+        --workers 0 --vgg vgg16 --vgg-weights random --content-layer relu2_1 --style-layers relu1_1 relu2_1
+        --precision float32 --device cpu""",
     "cyclegan.py translate": "--precision float32 --device cpu",
     "cyclegan.py train": """--crop-size 32 --width 4 --blocks 1 --max-steps 1 --workers 0 --precision float32
         --device cpu""",
