@@ -529,6 +529,14 @@ def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Ca
     return parse
 
 
+def model_file(name: str, known: Sequence[str]) -> Path:
+    """Find the file of a model, one of the `known` that come with this, or any other; by `partial` an argparse type."""
+    path = Path(__file__).parent / "models" / f"{name}.pth" if name in known else Path(name)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {name}; name one, or a model: {', '.join(known)}")
+    return path
+
+
 def add_device_arguments(parser: ArgumentParser) -> None:
     """Add the flags of every command."""
     parser.add_argument("--device", group="machine", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
@@ -584,7 +592,8 @@ def parse_args(
 
 def plain(args: Namespace) -> dict[str, Any]:
     """Return the arguments as a checkpoint can hold them: paths as text."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    lists = {name: [*map(str, value)] for name, value in vars(args).items() if isinstance(value, list)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()} | lists
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -306,7 +307,7 @@ SERVER = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
 DATASETS = ("horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "cezanne2photo", "ukiyoe2photo")
 DATASETS += ("vangogh2photo", "maps", "facades", "iphone2dslr_flower", "ae_photos")
 
-MODEL = Path(__file__).parent / "models" / "horse2zebra.pth"  # trained as the README says
+model_file = partial(common.model_file, known=["horse2zebra"])  # trained as docs/cyclegan.md says
 
 
 def download(name: str, folder: Path = Path("data")) -> Path:
@@ -436,7 +437,7 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
     return network.eval(), Namespace(authors=authors, load_size=load_size)
 
 
-def load_networks(files: Sequence[str], upsample: str) -> dict[str, nn.Module]:
+def load_networks(files: Sequence[str | Path], upsample: str) -> dict[str, nn.Module]:
     """Read networks to train on: of a file that `train` has written, or G and F, one file each, of the authors' code.
 
     A file without discriminators returns none. With `upsample` nearest, transposed convolutions are replaced: their
@@ -465,8 +466,8 @@ def load_networks(files: Sequence[str], upsample: str) -> dict[str, nn.Module]:
 
 def translate_files(args: Namespace, command: Sequence[str]) -> None:
     """Translate files and folders as the command line says; exit with status 1 if some could not be read."""
-    device, model = common.pick_device(args.device), args.model or MODEL
-    network, facts = load_generator(model, args.direction)
+    device = common.pick_device(args.device)
+    network, facts = load_generator(args.model, args.direction)
     network.to(device)
     precision = common.pick_precision(args.precision, device, exact=facts.authors)
     shorter = facts.load_size  # of a horse four times as large it would make no zebra
@@ -476,7 +477,7 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
     def transform(image: Tensor) -> Tensor:
         return translate(network, image.to(device), args.precision, facts.authors)
 
-    metadata = common.provenance(command, model=model.name)
+    metadata = common.provenance(command, model=args.model.name)
     common.transform_files(args, args.direction, transform, metadata, shorter)
 
 
@@ -503,8 +504,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--width", type=number(int, 1, 4096), default=64, help="channels of the networks' first layer")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F; the paper has none")
-    models = "start with its weights, in its size: a file of this script, or two of the authors', X → Y and Y → X"
-    add("--start-from", nargs="+", metavar="MODEL", help=models)
+    models = "start with its weights, in its size: horse2zebra, a file, or two of the authors', X → Y and Y → X"
+    add("--start-from", nargs="+", type=model_file, metavar="MODEL", help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
     add("--epochs", group="training", type=number(int), default=100, help="passes through the larger domain, at --lr")
     decay = "epochs after --epochs in which the rate falls to 0"
@@ -520,7 +521,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("inputs", group="pictures", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
     add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: as in training)")
-    add("--model", type=Path, help="of train, or a generator of the authors' code (default: horse2zebra, with this)")
+    models = "horse2zebra, or a file: of train, or a generator of the authors' code"
+    add("--model", group="network", type=model_file, metavar="MODEL", default="horse2zebra", help=models)
     direction = "x2y: G, for the shipped model horse to zebra; y2x: F, the way back"
     add("--direction", choices=["x2y", "y2x"], default="x2y", help=direction)
     common.add_device_arguments(sub)

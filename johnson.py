@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -257,8 +257,8 @@ def stylize(
 # Nothing below is in the paper: large pictures, files, the command line.
 # ===========================================================================================================
 
-MODELS = Path(__file__).parent / "models"
-STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this, trained as the README says
+STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this, trained as docs/johnson.md says
+model_file = partial(common.model_file, known=STYLES)
 STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 STRIP = 2**19  # pixels of a feature map that are convolved at a time in `convolve_strips`
 
@@ -326,14 +326,6 @@ def stylize_files(args: Namespace, command: Sequence[str]) -> None:
         return stylize(network, image.to(device), args.strength, args.precision, args.preserve_color)
 
     common.transform_files(args, args.model.stem, transform, common.provenance(command, model=args.model.name))
-
-
-def model_file(name: str) -> Path:
-    """Find the file of one of STYLES, or any other; an argparse type."""
-    path = MODELS / f"{name}.pth" if name in STYLES else Path(name)
-    if not path.is_file():
-        raise ArgumentTypeError(f"no such file: {name}; name one, or a style: {', '.join(STYLES)}")
-    return path
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:

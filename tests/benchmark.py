@@ -143,7 +143,8 @@ def horse2zebra_kid(size):
         part: [load_image(file, shorter=size) for file in find_images(data / part)] for part in ("testA", "testB")
     }
     for direction, source, target in (("x2y", "testA", "testB"), ("y2x", "testB", "testA")):
-        G, real = cyclegan.load_generator(cyclegan.MODEL, direction)[0].to(DEVICE), features(images[target]).double()
+        G = cyclegan.load_generator(cyclegan.model_file("horse2zebra"), direction)[0].to(DEVICE)
+        real = features(images[target]).double()
         made = [cyclegan.translate(G, x.to(DEVICE)) for x in images[source]]
         unit = 3 * real.std(0).mean()
         after, before = (kid(features(pictures).double() / unit, real / unit) for pictures in (made, images[source]))

@@ -150,6 +150,8 @@ MISTAKES = [
     ("gatys.py a.png b.png --style-weight 0 --content-weight 0", "--style-weight"),
     ("gatys.py a.png b.png --protect f_mask.png --save-mask -o f.png", "input"),
     ("johnson.py stylize a.png --model candy", "candy"),
+    ("cyclegan.py translate a.png --model zebra", "horse2zebra"),
+    ("cyclegan.py train x y --start-from zebra", "horse2zebra"),
     ("cyclegan.py train horse2giraffe", "apple2orange"),
     ("cyclegan.py train x y -o x/run", "input"),
     ("cyclegan.py train x y --load-size 33 --crop-size 64", "--load-size"),
@@ -189,6 +191,14 @@ def test_flags_may_stand_anywhere():
     ):
         usual, other = (SCRIPTS[name].parse_args([*sub, *rest]) for (name, *sub), rest in map(split, commands))
         assert usual == other
+
+
+def test_the_models_that_come_with_it_have_names():
+    for name, script in [*((style, johnson) for style in johnson.STYLES), ("horse2zebra", cyclegan)]:
+        args = script.parse_args(["stylize" if script is johnson else "translate", "a.png", "--model", name])
+        assert args.model == script.model_file(name) == ROOT / "models" / f"{name}.pth"
+    assert cyclegan.parse_args(["translate", "a.png"]) == args
+    assert cyclegan.parse_args(["train", "x", "y", "--start-from", name]).start_from == [args.model]
 
 
 def test_a_reader_that_goes_away_ends_no_work(pictures, monkeypatch):
