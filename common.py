@@ -576,6 +576,8 @@ def parse_args(
     if "image_size" in before:  # so johnson.py called its --crop-size, when its iterations included the decay
         before |= {"crop_size": before["image_size"], "iterations": before["iterations"] - before["decay_iterations"]}
     before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
+    if args.start_from and plain(args)["start_from"] != before.get("start_from"):
+        print(f"--start-from is not used: {found[0]} is continued", file=sys.stderr)
     if before.get("start_from"):  # the checkpoint has the network itself
         before["start_from"] = [str(found[0])] if isinstance(before["start_from"], list) else str(found[0])
     commands[argv[0]].set_defaults(**before)
