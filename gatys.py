@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -114,12 +113,10 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
         paintings = [resize(style, factor) for style in styles if args.style_layers]
         if x is None:
-            layers = [*args.content_layers, *args.style_layers, *([] if args.protect is None else PROTECTED_LAYERS)]
-            precision = common.pick_precision(args.precision, content.device)
-            vgg = network(content.device, tuple(layers), args.vgg, args.vgg_weights, args.pooling, precision)
+            vgg = network(content.device, args)
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
             # some filters are silent in all of them, and no factor brings their mean activation to 1.
-            vgg = rescale(vgg, paintings if layers == args.style_layers else [photo, *paintings])
+            vgg = rescale(vgg, paintings if vgg.layers == args.style_layers else [photo, *paintings])
             x = start(photo, styles, args)
         else:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
@@ -206,10 +203,14 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 # ===========================================================================================================
 
 
-@lru_cache(maxsize=1)
-def network(device: torch.device, *options: Any) -> VGG:
-    """Make VGG on a device, once for many photos."""
-    return VGG(*options).to(device)
+load_vgg = lru_cache(maxsize=1)(lambda device, *options: VGG(*options).to(device))  # once for many photos
+
+
+def network(device: torch.device, args: Namespace) -> VGG:
+    """Make VGG up to the layers that are compared, on a device."""
+    layers = *args.content_layers, *args.style_layers, *(() if args.protect is None else PROTECTED_LAYERS)
+    precision = common.pick_precision(args.precision, device)
+    return load_vgg(device, layers, args.vgg, args.vgg_weights, args.pooling, precision)
 
 
 def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
@@ -445,6 +446,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         mask = args.painting_masks[i]
         args.painting_masks[i] = alpha if mask is None else alpha * fit(mask, alpha)
     args.protect = args.protect if args.protect in (None, "faces") else load_mask(Path(args.protect), crop)
+    args.init = args.init if args.init in STARTS else load_image(args.init, None, crop)
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
     for number, (photo, output) in enumerate(pairs, 1):
         extras = {end: Path(f"{output.parent / output.stem}{end}") for end, wanted in ends.items() if wanted}
@@ -460,6 +462,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         except (InputError, OSError) as error:
             if len(pairs) == 1 or isinstance(error.__cause__, ImportError):  # there is no detector of faces
                 raise
+            network(device, args)  # its failure is that of every photo, and ends the run
             print(f"warning: {photo}: {error}", file=sys.stderr)
             failed += 1
     if failed:

@@ -187,7 +187,7 @@ def test_every_photo_of_a_folder_is_painted_as_it_is_alone(monkeypatch, capsys):
     Path("in/damaged.png").touch()
     made, load = [], common._load_weights
     monkeypatch.setattr(common, "_load_weights", lambda *names: made.append(names) or load(*names))
-    gatys.network.cache_clear()
+    gatys.load_vgg.cache_clear()
     monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])
     with pytest.raises(SystemExit, match="1 of 3 photos"):
         run("gatys.py in style.png --save-mask --protect faces")
@@ -199,6 +199,14 @@ def test_every_photo_of_a_folder_is_painted_as_it_is_alone(monkeypatch, capsys):
     monkeypatch.setattr(gatys, "optimize", lambda *arguments: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
         run("gatys.py in style.png")
+
+
+def test_a_mistake_that_is_that_of_every_photo_ends_the_run(fails):
+    save_noise("in/a.png", "in/b.png", "style.png")
+    torch.save({"0.weight": torch.zeros(1)}, "other.pth")
+    Path("damaged.png").touch()
+    for flags in ("--style-layers relu9_1", "--vgg-weights other.pth", "--init damaged.png"):
+        assert flags.split()[1] in fails(f"gatys.py in style.png {flags}")
 
 
 def test_files_that_make_no_sense_are_told_in_one_line(fails):
