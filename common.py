@@ -548,8 +548,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--seed", type=number(int, most=2**30), default=0, help="of initial weights, order and crops")
     add("--checkpoint-every", type=number(int, 1), default=500, help="save a checkpoint every N steps")
-    resume = "go on from this output's checkpoint, if there is one; flags that are given replace its own"
-    add("--resume", action="store_true", help=resume)
+    add("--resume", action="store_true", help="go on from the output's checkpoint, if any; flags given replace its own")
     add_device_arguments(parser)
     add("--workers", type=number(int), default=2, help="processes that load pictures")
 
@@ -582,13 +581,9 @@ def parse_args(
         before["start_from"] = [str(found[0])] if isinstance(before["start_from"], list) else str(found[0])
     commands[argv[0]].set_defaults(**before)
     now = plain(args := parse(argv[1:], Namespace(command=argv[0])))
-    changes = [
-        f"{name} {before[name]} → {now[name]}"
-        for name in sorted(before)
-        if now[name] != before[name] and name != "start_from"
-    ]
-    if changes:
-        print("resuming:", ", ".join(changes), file=sys.stderr)
+    names = sorted(name for name in before if name != "start_from" and now[name] != before[name])
+    if names:
+        print("resuming:", ", ".join(f"{name} {before[name]} → {now[name]}" for name in names), file=sys.stderr)
     return args
 
 

@@ -499,17 +499,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--lambda-cycle", group="losses", type=number(), default=10.0, help="λ of Eq. 3")
     add("--lambda-identity", type=number(), default=0.5, help="weight of the identity loss, relative to λ")
     add("--pool-size", type=number(int), default=50, help="made pictures that are kept to be shown again")
-    blocks = "residual blocks (default: 9; 6 for crops up to 128 px)"
-    add("--blocks", group="networks", type=number(int, 1, 1000), help=blocks)
-    add("--width", type=number(int, 1, 4096), default=64, help="channels of the networks' first layer")
+    add("--width", group="networks", type=number(int, 1, 4096), default=64, help="channels of their first layer")
+    add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 for crops up to 128 px)")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F; the paper has none")
     models = "start with its weights, in its size: horse2zebra, a file, or two of the authors', X → Y and Y → X"
     add("--start-from", nargs="+", type=model_file, metavar="MODEL", help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
     add("--epochs", group="training", type=number(int), default=100, help="passes through the larger domain, at --lr")
-    decay = "epochs after --epochs in which the rate falls to 0"
-    add("--decay-epochs", type=number(int), default=100, help=decay)
+    add("--decay-epochs", type=number(int), default=100, help="epochs after --epochs in which the rate falls to 0")
     add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
     add("--lr", type=number(most=1e30), default=2e-4, help="learning rate of Adam")
     add("--beta1", type=number(most=0.999), default=0.5, help="share of the old gradients in Adam's average")

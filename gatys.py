@@ -322,14 +322,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
     add("--init", default="recolored", help=f"{', '.join(STARTS)} (the paper's), or a picture to continue from")
     add("--seed", type=number(int, most=2**63), default=0, help="of the white noise")
-    colors = "keep the photo's colours (default: the painting's)"
-    add("--preserve-color", group="colours and regions", choices=["luminance", "histogram"], help=colors)
-    add("--style-masks", **masks, help="where each style goes, in white; the last gets the rest")
+    add("--style-masks", group="regions and colours", **masks, help="where styles go, in white; the last has the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
+    add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's colours (default: the style's)")
     add("--protect", metavar="MASK", help="keep the photo where this is white; faces: find them")
     add("--protect-weight", type=number(), default=30.0, help="weight of keeping it")
-    output = "picture, or folder (default: <content>_<style>.png)"
-    add("-o", "--output", group="output", type=Path, help=output)
+    add("-o", "--output", group="output", type=Path, help="picture, or folder (default: <content>_<style>.png)")
     add("--save-gif", action="store_true", help="write the optimisation as an animation, <output>.gif")
     add("--save-all", action="store_true", help="write the picture of every step to <output>_frames/")
     add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, .png")

@@ -363,7 +363,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--padding", choices=["reflect", "start"], default="reflect", help="the paper's is start")
     add("--start-from", type=model_file, metavar="MODEL", help="go on from its weights: a style, or a file")
     add("--iterations", group="training", type=number(int, 1), default=40000, help="training steps of Adam")
-    add("--decay-iterations", type=number(int), default=0, help="steps after them in which the rate falls to 0")
+    add("--decay-iterations", type=number(int), default=0, help="steps after --iterations in which the rate falls to 0")
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
     add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")
     common.add_training_arguments(sub)
