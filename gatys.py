@@ -15,17 +15,20 @@ descent through the network, until its feature maps match the photo's and its co
                       L_total = α L_content + β Σ_l w_l E_l, made small by L-BFGS, which changes x           Eq. 5, 7
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
@@ -65,36 +68,45 @@ def total_variation(x: Tensor) -> Tensor:
 
 
 class Objective:
-    """The losses of x at one scale. It holds what x is compared with: P of the photo, and A of each painting."""
+    """The losses of x at one scale. It holds what x is compared with: P of the photo, and A of each painting.
+
+    Eq. 1 and 3 are sums over positions. So a picture that is too large for the memory can be measured tile by tile.
+    """
 
     def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> None:
-        self.vgg, self.args = vgg, args
-        self.styles, A = [], []  # of each style: its share, its mask at each layer, its Gram matrices
-        with torch.no_grad():
-            maps = vgg(photo)
-            for painting, mask in zip(paintings, args.painting_masks, strict=False):
-                T = None if mask is None else fit(mask, painting)
-                A.append({layer: gram_matrix(f, T) for layer, f in vgg(painting, args.style_layers).items()})
+        self.vgg, self.args, self.tiles = vgg, args, tiles(photo, args.tile_size)
         keep = None if args.protect is None else fit(args.protect, photo, MARGIN)
+        self.keep = {} if keep is None else {layer: pool_mask(keep, grid(photo, layer)) for layer in PROTECTED_LAYERS}
+        with torch.no_grad():
+            A = [painting_grams(vgg, *pair, args) for pair in zip(paintings, args.painting_masks, strict=False)]
+            self.P = {tile: tile_maps(vgg, photo, tile, [*args.content_layers, *self.keep]) for tile in self.tiles}
+        self.styles = []  # of each style: its share, its mask at each layer, its Gram matrices
         for share, T, grams in place_styles(A, photo, keep, args) if A else ():
-            self.styles.append((share, {layer: pool_mask(T, maps[layer]) for layer in grams}, grams))
-        self.keep = {} if keep is None else {layer: pool_mask(keep, maps[layer]) for layer in PROTECTED_LAYERS}
-        self.P = {layer: maps[layer] for layer in (*args.content_layers, *self.keep)}
+            self.styles.append((share, {layer: pool_mask(T, grid(photo, layer)) for layer in grams}, grams))
+
+    def measure(self, x: Tensor, tile: Tile) -> list[Tensor]:
+        """Return what a tile adds to L_content, to what is protected, and to the Gram matrices of each style."""
+        F, P, sums = tile_maps(self.vgg, x, tile), self.P[tile], [x.new_zeros(()), x.new_zeros(())]
+        for i, layers in enumerate((dict.fromkeys(self.args.content_layers), self.keep)):
+            for layer, T in layers.items():
+                L = content_loss(F[layer], P[layer], part(T, tile, layer))
+                sums[i] = sums[i] + L * share(x, tile, layer) / len(layers)
+        for layer, T in [pair for _, masks, _ in self.styles for pair in masks.items()]:
+            sums.append(gram_matrix(F[layer], part(T, tile, layer)) * share(x, tile, layer, T))
+        return sums
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Return the `total` loss of x (1, 3, H, W), and its terms `content`, `style`, … before weighting."""
-        F, args = self.vgg(x), self.args
-        L_content = L_style = L_tv = L_protected = x.new_zeros(())
-        for layer in args.content_layers:
-            L_content = L_content + content_loss(F[layer], self.P[layer]) / len(args.content_layers)
+        args, L_style, L_tv, measure = self.args, x.new_zeros(()), x.new_zeros(()), self.measure
+        if len(self.tiles) > 1:  # a tile's maps are forgotten, and computed again for the gradient
+            measure = partial(checkpoint, self.measure, use_reentrant=False)
+        L_content, L_protected, *G = map(sum, zip(*(measure(x, tile) for tile in self.tiles), strict=True))
         # Gatys Eq. 5:  L_style = Σ_l w_l E_l   (of each style)
-        for share, T, A in self.styles:
+        for share, _, A in self.styles:
             for layer, w_l in zip(args.style_layers, args.style_layer_weights, strict=False):
-                L_style = L_style + share * w_l * style_loss(gram_matrix(F[layer], T[layer]), A[layer])
+                L_style = L_style + share * w_l * style_loss(G.pop(0), A[layer])
         if args.tv_weight:
             L_tv = total_variation(x)
-        for layer, T in self.keep.items():
-            L_protected = L_protected + content_loss(F[layer], self.P[layer], T) / len(self.keep)
         # Gatys Eq. 7:  L_total = α L_content + β L_style   (and two terms that the paper has not)
         alpha, beta = args.content_weight, args.style_weight
         L_total = alpha * L_content + beta * L_style + args.tv_weight * L_tv + args.protect_weight * L_protected
@@ -107,7 +119,7 @@ class Objective:
 
 def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterator[Frame]:
     """Paint `content` in the style of `styles`, of any size; yield the picture and its losses after every step."""
-    common.check_memory(content, 3000)
+    common.check_memory(content, 500 if args.tile_size else 3000)
     x = None
     for factor, steps in scale_steps(args, content):
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
@@ -165,7 +177,7 @@ def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, arg
     method: torch.optim.Optimizer = torch.optim.Adam([z], args.lr / unit)
     n = calls = args.lbfgs_iters
     if args.optimizer == "lbfgs":  # which does all iterations of a step in one call
-        method, calls = torch.optim.LBFGS([z], args.lr, n, 2 * n, 0, 0, history_size=20), 1
+        method, calls = torch.optim.LBFGS([z], args.lr, n, 2 * n, 0, 0, history_size=5 if args.tile_size else 20), 1
 
     def closure() -> Tensor:
         nonlocal x, losses, gain
@@ -219,6 +231,55 @@ def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     coarser = coarser if args.init in STARTS else 0  # which would lose the details of a picture to continue from
     scales = args.scales or 1 + coarser
     return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
+
+
+OVERLAP = 80  # px around a tile: as far as relu5_1 sees. It is a multiple of 16, as is a tile, because of the pooling
+Tile = tuple[int, int, int, int]  # top, bottom, left, right
+
+
+def tiles(image: Tensor, side: int | None) -> list[Tile]:
+    """Cut an image into tiles of `side` px, or a little more at its ends; without it, into a single one."""
+    ends = []
+    for length in image.shape[-2:]:
+        starts = [*range(0, max(1, length - 15), side or length)]
+        ends.append([*zip(starts, [*starts[1:], length], strict=True)])
+    return [(*rows, *columns) for rows in ends[0] for columns in ends[1]]
+
+
+def part(maps: Tensor | None, tile: Tile, layer: str) -> Tensor | None:
+    """Cut a tile out of what has the size of a layer's maps: reluB_i comes after B − 1 poolings."""
+    top, bottom, left, right = (side // 2 ** (int(layer[4]) - 1) for side in tile)
+    return None if maps is None else maps[..., top:bottom, left:right]
+
+
+def tile_maps(vgg: VGG, image: Tensor, tile: Tile, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Compute the feature maps of a tile, with what surrounds it: as parts of those of the image."""
+    top, bottom, left, right = tile
+    y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
+    maps = vgg(image[..., y : bottom + OVERLAP, x : right + OVERLAP], layers)
+    return {layer: part(f, (top - y, bottom - y, left - x, right - x), layer) for layer, f in maps.items()}
+
+
+def grid(image: Tensor, layer: str) -> Tensor:
+    """Take a pixel of an image (1, C, H, W) for every position that a layer's maps have."""
+    k = 2 ** (int(layer[4]) - 1)
+    return image[..., k - 1 :: k, k - 1 :: k]
+
+
+def share(image: Tensor, tile: Tile, layer: str, T: Tensor | None = None) -> Tensor:
+    """Tell how much of all positions of a layer's maps, or of a mask T over them, lies in a tile."""
+    weight = torch.ones_like(grid(image, layer)[:, :1]) if T is None else T.square()
+    return part(weight, tile, layer).sum() / weight.sum().clamp_min(1e-6)
+
+
+def painting_grams(vgg: VGG, painting: Tensor, mask: Tensor | None, args: Namespace) -> dict[str, Tensor]:
+    """Compute A, the Gram matrices of a painting."""
+    A: dict[str, Tensor] = {}
+    for tile in tiles(painting, args.tile_size):
+        for layer, f in tile_maps(vgg, painting, tile, args.style_layers).items():
+            T = pool_mask(None if mask is None else fit(mask, painting), grid(painting, layer))
+            A[layer] = A.get(layer, 0) + gram_matrix(f, part(T, tile, layer)) * share(painting, tile, layer, T)
+    return A
 
 
 def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") -> Tensor:
@@ -319,6 +380,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of L-BFGS, or Adam, in each step")
     scales = "sizes, each half the next (default: down to 192 px)"
     add("--scales", type=lambda text: None if text == "auto" else number(int, 1, 16)(text), help=scales)
+    add("--tile-size", type=number(int, 16, 65536), help="compute in parts of so many px, to save memory")
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
     add("--init", default="recolored", help=f"{', '.join(STARTS)} (the paper's), or a picture to continue from")
     add("--seed", type=number(int, most=2**63), default=0, help="of the white noise")
@@ -347,6 +409,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         (args.init not in STARTS and not Path(args.init).is_file(), f"--init {args.init} is no file, nor of {STARTS}"),
         (n > 4 and not (args.style_blend or args.style_masks or args.painting_masks), f"{n} styles given: {advice}"),
         (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
+        (args.tile_size and args.tile_size % 16, f"--tile-size {args.tile_size}: choose a multiple of 16"),
         (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),
     ):
         if mistaken:
@@ -491,7 +554,7 @@ def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extra
         stopped = error
     if stopped and common.out_of_memory(stopped):
         size = int(0.7 * max(content.shape[-2:]))  # which has half the pixels
-        stopped = InputError(f"out of memory: about --image-size {size} is likely to fit")
+        stopped = InputError(f"out of memory: about --image-size {size} is likely to fit, or add --tile-size 512")
     if best is None:
         raise stopped
     record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=losses)

@@ -258,6 +258,34 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
     assert torch.equal(gatys.fit(mask, widen(small), 8), widen(resized))
 
 
+def test_tiles_add_up_to_the_whole_and_need_less_memory(monkeypatch):
+    """A picture of odd sides, with masks: the same losses and gradients, of maps that are not all kept."""
+    photo, painting, other = (torch.rand(1, 3, *sides) for sides in ((153, 133), (50, 90), (90, 70)))
+    vgg, results = VGG(["relu1_1", "relu3_1", "relu4_2"], "vgg19", "random", "avg"), []
+    options = {"style_layers": ["relu1_1", "relu3_1"], "painting_masks": [TOP, LEFT], "style_masks": [LEFT]}
+    monkeypatch.setattr(gatys, "OVERLAP", 48)  # as far as relu4_2 sees
+    for tile_size in (None, 64):
+        args = settings(photo, [painting, other], **options, protect=TOP, tile_size=tile_size)
+        x, saved = (0.3 * photo).requires_grad_(), []
+        objective = gatys.Objective(vgg, photo, [painting, other], args)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            losses = objective(x)
+        losses["total"].backward()
+        results.append((torch.stack(list(losses.values())), x.grad, sum(saved)))
+    (whole, gradient, kept), (tiled, tiled_gradient, tiled_kept) = results
+    close(tiled, whole, rtol=1e-5, atol=0)
+    close(tiled_gradient, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+    assert tiled_kept < 0.1 * kept
+
+
+def test_relu5_1_sees_no_farther_than_tiles_overlap():
+    x = torch.rand(1, 3, 16, 432).requires_grad_()
+    VGG(["relu5_1"], "vgg19", "random", "avg")(x)["relu5_1"][..., 13].sum().backward()
+    seen = x.grad.abs().sum((0, 1, 2)).nonzero()
+    assert 208 - gatys.OVERLAP <= seen.min() < 208 - gatys.OVERLAP + 16
+    assert 224 + gatys.OVERLAP - 16 < seen.max() + 1 <= 224 + gatys.OVERLAP
+
+
 def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
     photo, styles = gaussian_blur(pictures[0], 9), pictures[1:]
     options = {"style_weight": 30, "num_steps": 4, "init": "noise", "scales": 2}
