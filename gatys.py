@@ -90,9 +90,9 @@ class Objective:
         for i, layers in enumerate((dict.fromkeys(self.args.content_layers), self.keep)):
             for layer, T in layers.items():
                 L = content_loss(F[layer], P[layer], part(T, tile, layer))
-                sums[i] = sums[i] + L * share(x, tile, layer) / len(layers)
+                sums[i] = sums[i] + L * portion(x, tile, layer) / len(layers)
         for layer, T in [pair for _, masks, _ in self.styles for pair in masks.items()]:
-            sums.append(gram_matrix(F[layer], part(T, tile, layer)) * share(x, tile, layer, T))
+            sums.append(gram_matrix(F[layer], part(T, tile, layer)) * portion(x, tile, layer, T))
         return sums
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
@@ -266,7 +266,7 @@ def grid(image: Tensor, layer: str) -> Tensor:
     return image[..., k - 1 :: k, k - 1 :: k]
 
 
-def share(image: Tensor, tile: Tile, layer: str, T: Tensor | None = None) -> Tensor:
+def portion(image: Tensor, tile: Tile, layer: str, T: Tensor | None = None) -> Tensor:
     """Tell how much of all positions of a layer's maps, or of a mask T over them, lies in a tile."""
     weight = torch.ones_like(grid(image, layer)[:, :1]) if T is None else T.square()
     return part(weight, tile, layer).sum() / weight.sum().clamp_min(1e-6)
@@ -278,7 +278,7 @@ def painting_grams(vgg: VGG, painting: Tensor, mask: Tensor | None, args: Namesp
     for tile in tiles(painting, args.tile_size):
         for layer, f in tile_maps(vgg, painting, tile, args.style_layers).items():
             T = pool_mask(None if mask is None else fit(mask, painting), grid(painting, layer))
-            A[layer] = A.get(layer, 0) + gram_matrix(f, part(T, tile, layer)) * share(painting, tile, layer, T)
+            A[layer] = A.get(layer, 0) + gram_matrix(f, part(T, tile, layer)) * portion(painting, tile, layer, T)
     return A
 
 
