@@ -14,9 +14,10 @@ import common
 import cyclegan
 import gatys
 import johnson
-from common import to_pil
 
-load_weights = common._load_weights
+load = common._load_weights
+ROOT = Path(__file__).parent.parent
+CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
 
 
 @functools.cache
@@ -29,9 +30,7 @@ def random_weights(arch):
     return arch, {key: spread[key] * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
 
 
-common._load_weights = lambda arch, weights: (
-    random_weights(arch) if weights == "random" else load_weights(arch, weights)
-)
+common._load_weights = lambda arch, weights: random_weights(arch) if weights == "random" else load(arch, weights)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in its background ignore it
 
@@ -86,13 +85,24 @@ def save_noise(*paths, size=(48, 48)):
     """Write small pictures of noise, each another one, in folders that are made."""
     for number, path in enumerate(map(Path, paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil(torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))).save(path)
+        common.to_pil(torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))).save(path)
 
 
 def provenance(path):
     """Read what a picture tells of how it was made, as one text."""
     with Image.open(path) as picture:
         return picture.getexif()[0x010E]
+
+
+def files(folder="."):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def state(folder):
+    """Read all that a training changes."""
+    saved = common.load_checkpoint(next(Path(folder).glob("*checkpoint.pth")))
+    names = "G F D_X D_Y optimizer_G optimizer_D pool_X pool_Y G_ema F_ema" if "G" in saved else "model optimizer"
+    return {name: saved[name] for name in (*names.split(), "step")}
 
 
 equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # of states: bit for bit

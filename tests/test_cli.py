@@ -1,28 +1,21 @@
 """The command lines, as a user types them: results of gatys.py, mistakes in all scripts, the order of arguments."""
 
 import contextlib
-import math
+import itertools
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, provenance, run, save_noise, split
+from conftest import CONTENT, ROOT, SCRIPTS, STYLE, files, provenance, run, save_noise, split
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 import cyclegan
 import gatys
 import johnson
 from common import load_frames, load_image
-
-ROOT = Path(__file__).parent.parent
-CONTENT, STYLE = ROOT / "examples" / "content.jpg", ROOT / "examples" / "style.jpg"
-
-
-def files(folder="."):
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
 
 
 def test_the_default_output_is_named_after_the_inputs(capsys):
@@ -37,9 +30,7 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
 
 
 def test_everything_that_can_be_saved():
-    mask = Image.new("L", (30, 10))
-    mask.paste(255, (0, 0, 15, 10))
-    mask.save("mask.png")
+    to_pil_image((torch.arange(30) < 15).float().expand(1, 10, 30)).save("mask.png")
     flags = "-o new/a.jpg --save-gif --save-losses --save-mask --protect mask.png --scales 2"
     run(f"gatys.py {flags} --save-all", CONTENT, STYLE)
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 7)]
@@ -73,9 +64,8 @@ def test_every_flag_changes_the_picture():
     for flags in ["", *FLAGS.split("|")]:
         run("gatys.py a.png b.png c.png -o d.png --num-steps 3 --lbfgs-iters 3 --content-weight 9", *flags.split())
         made[flags] = load_image("d.png")
-    for i, (flags, picture) in enumerate(made.items()):
-        for others, other in list(made.items())[:i]:
-            assert picture.shape != other.shape or (picture - other).abs().mean() > 5e-5, (flags, others)
+    for (flags, picture), (others, other) in itertools.combinations(made.items(), 2):
+        assert picture.shape != other.shape or (picture - other).abs().mean() > 5e-5, (flags, others)
 
 
 @pytest.mark.parametrize(("losses", "interrupted"), [([3, 2, 5], False), ([3, 2, 5, 1], True), ([4, 3, 2], False)])
@@ -105,11 +95,10 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
     """A loss that blows up, and a memory that is full."""
     fails("gatys.py --optimizer adam --lr 1e12 --num-steps 9", CONTENT, STYLE)
     assert "step: 1 of 9" in provenance("content_style.png")
-    gram_matrix, calls = gatys.gram_matrix, []
+    gram_matrix, calls = gatys.gram_matrix, itertools.count(1)
 
     def full(*arguments):
-        calls.append(arguments)
-        if len(calls) > 30:
+        if next(calls) > 30:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return gram_matrix(*arguments)
 
@@ -120,20 +109,16 @@ def test_a_failure_keeps_the_last_good_picture(monkeypatch, fails):
 
 def test_what_is_transparent_has_no_part_in_the_result(monkeypatch):
     """Neither of a photo nor of a painting: colours that cannot be seen change nothing, and are given no style."""
-    save_noise("a.png", size=(48, 36))
+    torch.manual_seed(0)
+    noise, alpha = torch.rand(3, 36, 48), (torch.arange(48) < 24).float().expand(1, 36, 48)
     results, objectives, objective = [], [], gatys.Objective
     monkeypatch.setattr(gatys, "Objective", lambda *args: objectives.append(objective(*args)) or objectives[-1])
-    for hidden in ("lime", "black"):
-        with Image.open("a.png") as image:
-            alpha = Image.new("L", image.size)
-            alpha.paste(255, (0, 0, 24, 36))
-            cut = Image.composite(image, Image.new("RGB", image.size, hidden), alpha)
-            cut.putalpha(alpha)
-            cut.save("cut.png")
+    for hidden in (torch.tensor([0.0, 1.0, 0.0]), torch.zeros(3)):  # lime, black
+        to_pil_image(torch.cat([torch.where(alpha > 0, noise, hidden[:, None, None]), alpha])).save("cut.png")
         run("gatys.py cut.png cut.png -o made.png")
         results.append(next(load_frames("made.png"))[0])
     assert torch.equal(*results)
-    assert torch.equal(results[0][0, 3], (torch.arange(48) < 24).float().expand(36, 48))
+    assert torch.equal(results[0][0, 3], alpha[0])
     ((share, masks, _),) = objectives[0].styles
     assert share == pytest.approx(0.5, abs=0.01)
     assert masks["relu1_1"][0, 0, 20, [28, 36]].tolist() == [1, 0]  # beside a margin of 8 px
@@ -174,7 +159,7 @@ def test_a_mistake_is_told_in_one_line(pictures, command, word, fails):
 
 def test_a_file_that_is_no_model(pictures, fails):
     broken, infinite = johnson.TransformNet(output="linear").state_dict(), cyclegan.Generator(1, 4).state_dict()
-    broken["in5.bias"][3], infinite["model.1.weight"][0] = math.nan, math.inf
+    broken["in5.bias"][3], infinite["model.1.weight"][0] = torch.nan, torch.inf
     torch.save(broken, "broken.pth")
     torch.save({"G": infinite, "F": infinite}, "infinite.pth")
     torch.save({"architecture": {"norm": "instance"}, "model": {"conv1.conv2d.weight": torch.rand(3)}}, "foreign.pth")
@@ -201,12 +186,10 @@ def test_the_models_that_come_with_it_have_names():
     assert cyclegan.parse_args(["train", "x", "y", "--start-from", name]).start_from == [args.model]
 
 
-def test_a_reader_that_goes_away_ends_no_work(pictures, monkeypatch):
+def test_a_reader_that_goes_away_ends_no_work(pictures):
     """As `| head -1` does; what is printed later is not lost."""
-    save_noise("in/0.png", "in/1.png", "in/2.png", size=(16, 16))
     reader, writer = os.pipe()
     os.close(reader)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
-        run("johnson.py stylize in -o out")
-    assert files("out") == ["0.png", "1.png", "2.png"]
+    with contextlib.redirect_stdout(os.fdopen(writer, "w")):
+        run("johnson.py stylize a.png b.png f_mask.png -o out")
+    assert files("out") == ["a.png", "b.png", "f_mask.png"]

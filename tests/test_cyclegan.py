@@ -1,6 +1,5 @@
 """cyclegan.py: its networks by hand, what a training leaves, its data, translation."""
 
-import math
 import re
 import shutil
 import zipfile
@@ -9,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import equal, run, save_noise
+from conftest import equal, files, run, save_noise, state
 from test_equations import gan
-from torch import nn
 
 import common
 import cyclegan
@@ -28,7 +26,7 @@ def norm(y, dims=(2, 3)):
 def test_the_discriminator_is_the_papers():
     """C64-C128-C256-C512 and one channel, on pictures in -1 … 1."""
     D, x = PatchDiscriminator(6), torch.rand(2, 3, 48, 64)
-    convolutions, y = [m for m in D.modules() if isinstance(m, nn.Conv2d)], 2 * x - 1
+    convolutions, y = [m for m in D.modules() if isinstance(m, torch.nn.Conv2d)], 2 * x - 1
     for i, (c, stride) in enumerate(zip(convolutions, (2, 2, 2, 1, 1), strict=True)):
         c.weight.data *= 5
         c.bias.data += 0.1
@@ -60,12 +58,12 @@ def test_published_generators_give_the_same_pixels(monkeypatch):
     """They are plain state dicts, and computed in float32 unless bfloat16 is asked for."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     torch.manual_seed(0)
-    state = {name: 0.05 * torch.randn_like(p) for name, p in Generator().state_dict().items()}
-    state |= {name: torch.rand_like(p) for name, p in state.items() if name.endswith("bias")}
+    weights = {name: 0.05 * torch.randn_like(p) for name, p in Generator().state_dict().items()}
+    weights |= {name: torch.rand_like(p) for name, p in weights.items() if name.endswith("bias")}
     unused = {"model.2.running_mean": torch.zeros(64), "model.2.running_var": torch.ones(64)}  # of older files
-    torch.save(state | unused, "latest_net_G.pth")
+    torch.save(weights | unused, "latest_net_G.pth")
     x = torch.rand(1, 3, 36, 48)
-    expected = (by_hand(state, 2 * x - 1) + 1) / 2
+    expected = (by_hand(weights, 2 * x - 1) + 1) / 2
     assert expected.std() > 0.01
     network, facts = load_generator(Path("latest_net_G.pth"))
     torch.testing.assert_close(translate(network, x, exact=facts.authors), expected, rtol=0, atol=1e-5)
@@ -92,21 +90,20 @@ def folders():
 def test_what_a_training_leaves(folders):
     command = "cyclegan.py train x y --max-steps 99 --epochs 1 --decay-epochs 4 --lr 1e-3 --beta1 0.9 --lambda-cycle 3"
     run(f"{command} --lambda-identity 0 --export small.pth -o new/run")
-    files = sorted(path.name for path in Path("new/run").iterdir())
-    assert files == ["checkpoint.pth", *[f"epoch_00{n}.jpg" for n in range(1, 6)], "losses.csv", "losses.png"]
+    assert files("new/run") == ["checkpoint.pth", *(f"epoch_00{n}.jpg" for n in "12345"), "losses.csv", "losses.png"]
     header, *_, row = Path("new/run/losses.csv").read_text().splitlines()
     assert header == "step,epoch,lr,total,G,F,cycle,identity,D_X,D_Y"
     step, epoch, lr, total, G, F, cycle, identity, *_ = map(float, row.split(","))
     assert (step, epoch, lr, identity, total) == (20, 4, 5e-4, 0, pytest.approx(G + F + 3 * cycle, rel=1e-4))
-    whole = common.load_checkpoint(Path("new/run/checkpoint.pth"))
+    whole = state("new/run")
     for optimizer in ("optimizer_G", "optimizer_D"):
         (group,) = whole[optimizer]["param_groups"]
         assert (group["lr"], group["betas"]) == (pytest.approx(2.5e-4), (0.9, 0.999))
     for direction, name in (("x2y", "G_ema"), ("y2x", "F_ema")):
-        state = {key[7:]: value for key, value in whole[name].items() if key != "n_averaged"}  # module.…
-        equal(dict(load_generator(Path("new/run/checkpoint.pth"), direction)[0].state_dict()), state)
+        averaged = {key[7:]: value for key, value in whole[name].items() if key != "n_averaged"}  # module.…
+        equal(dict(load_generator(Path("new/run/checkpoint.pth"), direction)[0].state_dict()), averaged)
         small = dict(load_generator(Path("small.pth"), direction)[0].state_dict())
-        equal(small, {key: value.half().float() for key, value in state.items()})
+        equal(small, {key: value.half().float() for key, value in averaged.items()})
 
 
 def test_test_folders_are_used_for_the_samples(folders):
@@ -142,9 +139,8 @@ def test_a_set_is_downloaded_once_and_whole(monkeypatch):
 def test_any_size_is_mirrored_to_a_multiple_of_4_and_cut_again(size):
     network, x = Generator(1, 4).eval(), torch.rand(1, 3, *size)
     y = translate(network, x.requires_grad_(), "float32")
-    right, below = (max(8, math.ceil(side / 4) * 4) - side for side in size[::-1])
-    with torch.no_grad():
-        wide = network(nnf.pad(x, (0, right, 0, below), mode="reflect"))
+    right, below = (max(-side % 4, 8 - side) for side in size[::-1])
+    wide = network(nnf.pad(x, (0, right, 0, below), mode="reflect"))
     torch.testing.assert_close(y, wide[..., : size[0], : size[1]])
     y.requires_grad_().sum().backward()  # an ordinary tensor
     with pytest.raises(InputError, match="too small"):
@@ -153,51 +149,44 @@ def test_any_size_is_mirrored_to_a_multiple_of_4_and_cut_again(size):
 
 def test_pictures_are_translated_at_the_size_of_training():
     """By their shorter side, as training scales them; at another size they would hold horses it has never seen."""
-    state = Generator(1, 4).state_dict()
-    torch.save({"G": state, "F": state, "settings": {"load_size": 30}}, "model.pth")
+    weights = Generator(1, 4).state_dict()
+    torch.save({"G": weights, "F": weights, "settings": {"load_size": 30}}, "model.pth")
     save_noise("b.png", size=(80, 40))
-    for flags, shape in (("", (30, 60)), ("--direction y2x", (30, 60)), ("--image-size 24", (12, 24))):
-        run(f"cyclegan.py translate b.png --model model.pth -o made.png {flags}")
-        assert load_image("made.png").shape == (1, 3, *shape)
-    run("cyclegan.py translate b.png --model model.pth -o default.png")
-    torch.testing.assert_close(load_image("made.png"), load_image("default.png", 24), rtol=0, atol=0.05)
+    for flags, height, width in (("--direction y2x", 30, 60), ("", 30, 60), ("--image-size 24", 12, 24)):
+        run(f"cyclegan.py translate b.png --model model.pth -o {height}.png {flags}")
+        assert load_image(f"{height}.png").shape == (1, 3, height, width)
+    torch.testing.assert_close(load_image("12.png"), load_image("30.png", 24), rtol=0, atol=0.05)
 
 
 def test_nearest_upsampling_repeats_pixels():
     """And a transposed convolution's weights, turned by 180°, serve: of a constant they make the same interior."""
-    transposed = nn.ConvTranspose2d(3, 2, 3, 2, 1, output_padding=1)
-    up = cyclegan.Upsample(3, 2, 3)
-    x = torch.rand(1, 3, 5, 4)
-    repeated = x.repeat_interleave(2, -2).repeat_interleave(2, -1)
-    padded = nn.functional.pad(repeated, [1] * 4, mode="reflect")
-    assert torch.allclose(up(x), nn.functional.conv2d(padded, up.weight, up.bias), atol=1e-6)
-    spread = torch.zeros(1, 3, 10, 8)
+    up, x = cyclegan.Upsample(3, 2, 3), torch.rand(1, 3, 5, 4)
+    repeated = nnf.pad(x.repeat_interleave(2, -2).repeat_interleave(2, -1), [1] * 4, mode="reflect")
+    assert torch.allclose(up(x), nnf.conv2d(repeated, up.weight, up.bias), atol=1e-6)
+    transposed, spread = torch.nn.ConvTranspose2d(3, 2, 3, 2, 1, output_padding=1), torch.zeros(1, 3, 10, 8)
     spread[..., ::2, ::2] = x  # zeros between pixels
-    weight = transposed.weight.transpose(0, 1).flip(2, 3)
-    expected = nn.functional.conv2d(spread, weight, transposed.bias, padding=1)
-    assert torch.allclose(transposed(x), expected, atol=1e-6)
+    turned = transposed.weight.transpose(0, 1).flip(2, 3)
+    assert torch.allclose(transposed(x), nnf.conv2d(spread, turned, transposed.bias, padding=1), atol=1e-6)
 
 
 @pytest.mark.parametrize("upsample", ["transposed", "nearest"])
-def test_a_training_goes_on_from_a_model(upsample):
+def test_a_training_goes_on_from_a_model(folders, upsample):
     """Its own with discriminators, an exported one without, or two of the authors', one for each direction."""
-    save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")
     run("cyclegan.py train x y -o a --export a/m.pth", "--upsample", upsample, "--ema", 0)
-    state = common.load_checkpoint(Path("a/checkpoint.pth"))
+    trained = state("a")
     for name in "GF":
-        torch.save(state[name], f"{name}.pth")
-    for files in (["a/checkpoint.pth"], ["a/m.pth"], ["G.pth", "F.pth"]):
-        networks = cyclegan.load_networks(files, upsample)
-        assert networks.keys() == ({"G", "F", "D_X", "D_Y"} if "checkpoint" in files[0] else {"G", "F"})
+        torch.save(trained[name], f"{name}.pth")
+    for paths in (["a/checkpoint.pth"], ["a/m.pth"], ["G.pth", "F.pth"]):
+        networks = cyclegan.load_networks(paths, upsample)
+        assert networks.keys() == ({"G", "F", "D_X", "D_Y"} if "checkpoint" in paths[0] else {"G", "F"})
         for name, network in networks.items():
-            for key, value in network.state_dict().items():
-                assert torch.allclose(value, state[name][key], atol=1e-3), (files, name, key)
+            torch.testing.assert_close(dict(network.state_dict()), dict(trained[name]), rtol=1e-5, atol=1e-3)
     turned = cyclegan.load_networks(["a/m.pth"], "nearest")["F"].model[11]
-    weight = state["F"]["model.11.weight"]
+    weight = trained["F"]["model.11.weight"]
     weight = weight.transpose(0, 1).flip(2, 3) if upsample == "transposed" else weight
     assert isinstance(turned, cyclegan.Upsample) and torch.allclose(turned.weight, weight, atol=1e-3)
     run("cyclegan.py train x y -o b --lr 0 --max-steps 2 --start-from", "a/checkpoint.pth", "--upsample", upsample)
-    equal(common.load_checkpoint(Path("b/checkpoint.pth"))["D_X"], state["D_X"])
+    equal(state("b")["D_X"], trained["D_X"])
 
 
 def test_a_training_that_started_from_a_model_is_resumed_without_it(fails):
@@ -207,9 +196,7 @@ def test_a_training_that_started_from_a_model_is_resumed_without_it(fails):
         run("cyclegan.py train x y --epochs 9 --start-from m.pth -o", folder, "--max-steps", steps)
     Path("m.pth").unlink()
     run("cyclegan.py train x y -o c --max-steps 2 --resume")
-    b, c = (common.load_checkpoint(Path(folder, "checkpoint.pth")) for folder in "bc")
-    for name in ("G", "F", "D_X", "D_Y", "G_ema", "optimizer_G", "pool_X"):
-        equal(b[name], c[name])
+    equal(state("b"), state("c"))
     for flags in ("--export d/checkpoint.pth", "--start-from a/checkpoint.pth c/checkpoint.pth"):
         assert "checkpoint.pth" in fails(f"cyclegan.py train x y -o d {flags}").replace("one file", "checkpoint.pth")
 
@@ -217,41 +204,32 @@ def test_a_training_that_started_from_a_model_is_resumed_without_it(fails):
 def test_averaged_weights():
     """w_ema ← d w_ema + (1 − d) w after each step, d = min(ema, (1 + n)/(10 + n)); they are what is exported."""
     save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")
-    ours = []
-    for steps in (1, 2, 3):
-        run("cyclegan.py train x y --ema 0.2 --lr 0.01 -o", f"r{steps}", "--max-steps", steps)
-        ours.append(common.load_checkpoint(Path(f"r{steps}/checkpoint.pth")))
-    key = "model.1.weight"
-    expected = ours[0]["G"][key]
-    for state, d in zip(ours[1:], (2 / 11, 0.2), strict=True):  # 3/12 would be more than --ema
-        expected = d * expected + (1 - d) * state["G"][key]
-    assert torch.allclose(ours[2]["G_ema"]["module." + key], expected, atol=1e-6)
-    network, _ = cyclegan.load_generator(Path("r3/checkpoint.pth"))
-    assert torch.equal(network.state_dict()[key], ours[2]["G_ema"]["module." + key])
+    key, expected = "model.1.weight", 0
+    for steps, d in ((1, 0), (2, 2 / 11), (3, 0.2)):  # 3/12 would be more than --ema
+        run(f"cyclegan.py train x y --ema 0.2 --lr 0.01 -o r{steps} --max-steps {steps}")
+        expected = d * expected + (1 - d) * state(f"r{steps}")["G"][key]
+    averaged = state("r3")["G_ema"]["module." + key]
+    assert torch.allclose(averaged, expected, atol=1e-6)
+    assert torch.equal(load_generator(Path("r3/checkpoint.pth"))[0].state_dict()[key], averaged)
 
 
 def test_authors_generators_of_other_kinds_load_or_are_named():
-    G = cyclegan.Generator(blocks=2, width=4)
-    state = {key.replace("conv_block.5.", "conv_block.6."): value for key, value in G.state_dict().items()}
-    torch.save(state, "dropout.pth")
-    equal(cyclegan.load_generator(Path("dropout.pth"))[0].state_dict(), G.state_dict())
+    G = Generator(blocks=2, width=4)
+    weights = {key.replace("conv_block.5.", "conv_block.6."): value for key, value in G.state_dict().items()}
+    torch.save(weights, "dropout.pth")
+    equal(load_generator(Path("dropout.pth"))[0].state_dict(), G.state_dict())
     for name, word in (("model.model.0.weight", "U-Net"), ("model.2.weight", "batch norm")):
         torch.save({name: torch.rand(4), "model.1.weight": torch.rand(4, 3, 7, 7)}, "other.pth")
         with pytest.raises(InputError, match=word):
-            cyclegan.load_generator(Path("other.pth"))
+            load_generator(Path("other.pth"))
 
 
 def test_what_is_no_picture_or_too_large_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(common.os, "sysconf", lambda name: 3000)  # pages, of as many bytes
-    networks = johnson.TransformNet().eval(), Generator(1, 4).eval()
-    vast = torch.zeros(1, 3, 400, 400)
-    for x, word in (
-        (to_pil(torch.rand(3, 9, 9)), "Image"),
-        (255 * torch.ones(1, 3, 9, 9), "0 to 1"),
-        (vast, "px would fit"),
-    ):
-        for network, function in zip(networks, (johnson.stylize, translate), strict=True):
+    f_W, G, style = johnson.TransformNet().eval(), Generator(1, 4).eval(), torch.rand(1, 3, 64, 64)
+    calls = [lambda x: johnson.stylize(f_W, x), lambda x: translate(G, x), lambda x: gatys.stylize(x, [style])]
+    picture, bright, vast = to_pil(torch.rand(3, 9, 9)), 255 * torch.ones(1, 3, 9, 9), torch.zeros(1, 3, 400, 400)
+    for x, word in ((picture, "Image"), (bright, "0 to 1"), (vast, "px would fit")):
+        for call in calls:
             with pytest.raises(InputError, match=word):
-                function(network, x)
-        with pytest.raises(InputError, match=word):
-            gatys.stylize(x, [torch.rand(1, 3, 64, 64)])
+                call(x)

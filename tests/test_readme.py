@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, TINY, save_noise, split
+from conftest import ROOT, SCRIPTS, TINY, save_noise, split
 
 import cyclegan
 import gatys
 from common import load_image
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 NOTEBOOK = ROOT / "notebooks" / "style_transfer.ipynb"
@@ -160,8 +159,7 @@ def test_links_and_equations_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text):
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
     for row, _ in tables("equation"):
-        paths = re.findall(r"`([\w.]+)`", row["function"] + row["test"])
-        for module, *names in (path.split(".") for path in paths):
+        for module, *names in (path.split(".") for path in re.findall(r"`([\w.]+)`", row["function"] + row["test"])):
             text = next(path for path in (ROOT / f"{module}.py", ROOT / "tests" / f"{module}.py") if path.exists())
             assert re.search(rf"^ *(def|class) {names[-1]}\b", text.read_text(encoding="utf-8"), re.M), row
     wanted = {f"Gatys Eq. {n}" for n in range(1, 8)} | {f"Johnson Eq. {n}" for n in range(1, 6)}
@@ -178,9 +176,7 @@ def test_the_notebook_has_its_outputs_and_runs(monkeypatch):
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("NOTEBOOK_SIZE", "48")
     monkeypatch.setenv("NOTEBOOK_STEPS", "1")
-    notebook = nbformat.read(NOTEBOOK, 4)
-    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
-    client.execute()  # CellExecutionError on the first that fails
+    nbclient.execute(nbformat.read(NOTEBOOK, 4), cwd=str(NOTEBOOK.parent), timeout=600)  # the first failure ends it
 
 
 def test_the_benchmark_prints_a_table():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import equal, run, save_noise
+from conftest import equal, run, save_noise, state
 
 import common
 from common import Crops, InputError
@@ -19,21 +19,6 @@ TRAININGS = {
     "johnson": "johnson.py train --style style.png --data x -o {}/a.pth --iterations",
     "cyclegan": "cyclegan.py train x y --epochs 1 --decay-epochs 99999 --pool-size 2 --batch-size 2 -o {} --max-steps",
 }
-STATE = [
-    "model",
-    "optimizer",
-    "G",
-    "F",
-    "D_X",
-    "D_Y",
-    "optimizer_G",
-    "optimizer_D",
-    "pool_X",
-    "pool_Y",
-    "G_ema",
-    "F_ema",
-    "step",
-]
 
 
 @pytest.fixture(params=TRAININGS)
@@ -41,12 +26,6 @@ def training(request):
     """Return a command line, to be formatted with an output folder and followed by the number of steps."""
     save_noise("style.png", *(f"x/{i:02d}.png" for i in range(19)), *(f"y/{i}.png" for i in range(11)))
     return TRAININGS[request.param]
-
-
-def state(folder):
-    """Read all that a training changes."""
-    saved = common.load_checkpoint(next(Path(folder).glob("*checkpoint.pth")))
-    return {name: saved[name] for name in STATE if name in saved}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -144,8 +123,8 @@ def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails
     assert "exists" in fails(training.format("a"), 2)
     path = next(Path("a").glob("*checkpoint.pth"))
     saved, name = common.load_checkpoint(path), "model" if "johnson" in training else "G"
-    for state in (saved | {name: {}}, saved | {"step": None}, {"weights": torch.rand(3)}):
-        torch.save(state, path)
+    for damaged in (saved | {name: {}}, saved | {"step": None}, {"weights": torch.rand(3)}):
+        torch.save(damaged, path)
         assert "checkpoint" in fails(training.format("a"), 2, "--resume")
 
 
