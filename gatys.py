@@ -128,7 +128,8 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
             vgg = network(content.device, args)
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
             # some filters are silent in all of them, and no factor brings their mean activation to 1.
-            vgg = rescale(vgg, paintings if vgg.layers == args.style_layers else [photo, *paintings])
+            images = paintings if vgg.layers == args.style_layers else [photo, *paintings]
+            vgg = rescale(vgg, [resize(image, min(1.0, 1024 / max(image.shape[-2:]))) for image in images])
             x = start(photo, styles, args)
         else:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
