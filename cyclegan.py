@@ -123,6 +123,29 @@ class PatchDiscriminator(nn.Module):
         return self.model(2 * x - 1).float()
 
 
+class FeatureDiscriminator(nn.Module):
+    """Judge pictures by feature maps of VGG, which knows a horse from a tree already. The paper has no such.
+
+    It is a small one of Projected GANs (Sauer et al. 2021): what it sees of a layer are fixed random mixes of all maps.
+    """
+
+    def __init__(self, vgg: common.VGG) -> None:
+        super().__init__()
+        self.vgg, self.heads = [vgg], nn.ModuleList()  # in a list, VGG is no part of state_dict()
+        for c in (128, 256, 512):  # maps of relu2_2, relu3_3, relu4_3
+            self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5)
+            head = nn.GroupNorm(8, 64), nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)
+            self.heads.append(nn.Sequential(*head))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map pictures (B, 3, H, W) in [0, 1] to verdicts (B, 3, H/4, W/4), of each layer as large as of the first."""
+        verdicts = []
+        for f, head in zip(self.vgg[0](x).values(), self.heads, strict=True):
+            verdict = head(nnf.conv2d(f, self.get_buffer(f"mix_{f.shape[1]}").to(f))).float()
+            verdicts.append(nnf.interpolate(verdict, (verdicts or [verdict])[0].shape[-2:]))
+        return torch.cat(verdicts, dim=1)
+
+
 def initialize(module: nn.Module) -> None:
     """Draw a convolution's weights from N(0, 0.02) (§7.1), and set its biases to 0."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -148,6 +171,9 @@ def generator_losses(gan: CycleGAN, x: Tensor, y: Tensor) -> tuple[dict[str, Ten
     cycle = distance(F(G_x), x) + distance(G(F_y), y)
     # §3.3, Eq. 3:  L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc
     total = gan_G + gan_F + lambda_cycle * cycle
+    if gan.args.feature_discriminators:  # Eq. 1 again, for verdicts on feature maps
+        total = total + (gan.discriminators["E_Y"](G_x) - 1).square().mean()
+        total = total + (gan.discriminators["E_X"](F_y) - 1).square().mean()
     identity = torch.zeros_like(total)
     if lambda_identity:
         # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁,   weighted by 0.5 λ
@@ -209,7 +235,10 @@ class CycleGAN:
         # Samples and exported models have the averages of G and F over about the last tenth of the steps, 1000 at most:
         # w_ema ← d · w_ema + (1 − d) · w  with d = min(ema, (1 + n)/(10 + n)) after n steps. The paper has no such.
         self.G_ema, self.F_ema = (AveragedModel(network, avg_fn=self.average) for network in (self.G, self.F))
-        self.discriminators = nn.ModuleList([self.D_X, self.D_Y])
+        self.discriminators = nn.ModuleDict({"D_X": self.D_X, "D_Y": self.D_Y})
+        if args.feature_discriminators:
+            vgg = common.VGG(["relu2_2", "relu3_3", "relu4_3"], "vgg19").to(device)
+            self.discriminators.update({name: FeatureDiscriminator(vgg).to(device) for name in ("E_X", "E_Y")})
         betas = args.beta1, 0.999
         self.optimizer_G = torch.optim.Adam(nn.ModuleList([self.G, self.F]).parameters(), args.lr, betas)
         self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), args.lr, betas)
@@ -234,10 +263,10 @@ class CycleGAN:
         # … then D_X and D_Y, on real pictures and on what the pools return for F(y) and G(x).
         self.discriminators.requires_grad_(True)
         with autocast(x.device, self.precision):
-            losses["D_X"] = discriminator_loss(self.D_X, x, self.pool_X.query(F_y))
-            losses["D_Y"] = discriminator_loss(self.D_Y, y, self.pool_Y.query(G_x))
+            pictures = {"X": (x, self.pool_X.query(F_y)), "Y": (y, self.pool_Y.query(G_x))}
+            losses |= {name: discriminator_loss(D, *pictures[name[-1]]) for name, D in self.discriminators.items()}
         self.optimizer_D.zero_grad()
-        (losses["D_X"] + losses["D_Y"]).backward()
+        sum(losses[name] for name in self.discriminators).backward()
         self.optimizer_D.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -265,13 +294,13 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     torch.manual_seed(args.seed)
     gan = CycleGAN(args, device, precision)
-    parts = ("G", "F", "D_X", "D_Y", "optimizer_G", "optimizer_D", "pool_X", "pool_Y", "G_ema", "F_ema")
+    parts = ("G", "F", "optimizer_G", "optimizer_D", "pool_X", "pool_Y", "G_ema", "F_ema")
     record = {"args": common.plain(args), "command": shlex.join(command)}
 
     def sample(step: int) -> None:
         save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), record | {"step": step}, run.history)
 
-    changing = {name: getattr(gan, name) for name in parts}
+    changing = {name: getattr(gan, name) for name in parts} | dict(gan.discriminators.items())
     run = common.Training(args, device, precision, outputs_of(args)[0], steps, changing, sample, record, epoch_steps)
     # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
     for x, y in run.batches(common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
@@ -503,6 +532,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 for crops up to 128 px)")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F; the paper has none")
+    add("--feature-discriminators", action="store_true", help="judge VGG's feature maps, too: fewer steps to learn")
     models = "start with its weights, in its size: horse2zebra, a file, or two of the authors', X → Y and Y → X"
     add("--start-from", nargs="+", type=model_file, metavar="MODEL", help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
