@@ -102,7 +102,7 @@ def state(folder):
     """Read all that a training changes."""
     saved = common.load_checkpoint(next(Path(folder).glob("*checkpoint.pth")))
     names = "G F D_X D_Y optimizer_G optimizer_D pool_X pool_Y G_ema F_ema" if "G" in saved else "model optimizer"
-    return {name: saved[name] for name in (*names.split(), "step")}
+    return {name: saved[name] for name in (*names.split(), "step", *({"E_X", "E_Y"} & saved.keys()))}
 
 
 equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # of states: bit for bit

@@ -106,6 +106,27 @@ def test_what_a_training_leaves(folders):
         equal(small, {key: value.half().float() for key, value in averaged.items()})
 
 
+def test_discriminators_of_feature_maps_judge_three_layers_and_learn(folders):
+    """Each layer counts alike, to the generators as to them; what is random stays, and VGG is not saved."""
+    run("cyclegan.py train x y --feature-discriminators -o new")
+    saved = state("new")["E_Y"]
+    assert {name.split(".")[0] for name in saved} == {"mix_128", "mix_256", "mix_512", "heads"}
+    ours, (x, y) = gan(feature_discriminators=True), torch.rand(2, 1, 3, 32, 32)
+    E_X, E_Y = (ours.discriminators[name] for name in ("E_X", "E_Y"))
+    before, mix = E_Y.heads[2][1].weight.clone(), E_Y.mix_512.clone()
+    losses, G_x, F_y = cyclegan.generator_losses(ours, x, y)
+    parts = losses["G"] + losses["F"] + 10 * losses["cycle"] + 5 * losses["identity"]
+    judged = 0
+    for judge, made in ((E_Y, G_x), (E_X, F_y)):
+        for mixed, head, f in zip(judge.buffers(), judge.heads, judge.vgg[0](made).values(), strict=True):
+            judged += (head(torch.einsum("dc,bchw->bdhw", mixed[..., 0, 0], f)) - 1).square().mean() / 3
+    torch.testing.assert_close(losses["total"], parts + judged)
+    expected = cyclegan.discriminator_loss(E_Y, y, G_x.detach()).item()
+    assert ours.step(x, y)["E_Y"].item() == pytest.approx(expected, rel=1e-4)
+    assert not torch.equal(E_Y.heads[2][1].weight, before)
+    assert torch.equal(E_Y.mix_512, mix)
+
+
 def test_test_folders_are_used_for_the_samples(folders):
     for part, folder in zip(("trainA", "trainB", "testA"), "xyy", strict=True):
         shutil.copytree(folder, Path("set", part))
