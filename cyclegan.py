@@ -123,29 +123,6 @@ class PatchDiscriminator(nn.Module):
         return self.model(2 * x - 1).float()
 
 
-class FeatureDiscriminator(nn.Module):
-    """Judge pictures by feature maps of VGG, which knows a horse from a tree already. The paper has no such.
-
-    It is a small one of Projected GANs (Sauer et al. 2021): what it sees of a layer are fixed random mixes of all maps.
-    """
-
-    def __init__(self, vgg: common.VGG) -> None:
-        super().__init__()
-        self.vgg, self.heads = [vgg], nn.ModuleList()  # in a list, VGG is no part of state_dict()
-        for c in (128, 256, 512):  # maps of relu2_2, relu3_3, relu4_3
-            self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5)
-            head = nn.GroupNorm(8, 64), nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)
-            self.heads.append(nn.Sequential(*head))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map pictures (B, 3, H, W) in [0, 1] to verdicts (B, 3, H/4, W/4), of each layer as large as of the first."""
-        verdicts = []
-        for f, head in zip(self.vgg[0](x).values(), self.heads, strict=True):
-            verdict = head(nnf.conv2d(f, self.get_buffer(f"mix_{f.shape[1]}").to(f))).float()
-            verdicts.append(nnf.interpolate(verdict, (verdicts or [verdict])[0].shape[-2:]))
-        return torch.cat(verdicts, dim=1)
-
-
 def initialize(module: nn.Module) -> None:
     """Draw a convolution's weights from N(0, 0.02) (§7.1), and set its biases to 0."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -337,6 +314,29 @@ DATASETS = ("horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2phot
 DATASETS += ("vangogh2photo", "maps", "facades", "iphone2dslr_flower", "ae_photos")
 
 model_file = partial(common.model_file, known=["horse2zebra"])  # trained as docs/cyclegan.md says
+
+
+class FeatureDiscriminator(nn.Module):
+    """Judge pictures by feature maps of VGG, which knows a horse from a tree already. The paper has no such.
+
+    It is a small one of Projected GANs (Sauer et al. 2021): what it sees of a layer are fixed random mixes of all maps.
+    """
+
+    def __init__(self, vgg: common.VGG) -> None:
+        super().__init__()
+        self.vgg, self.heads = [vgg], nn.ModuleList()  # in a list, VGG is no part of state_dict()
+        for c in (128, 256, 512):  # maps of relu2_2, relu3_3, relu4_3
+            self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5)
+            head = nn.GroupNorm(8, 64), nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)
+            self.heads.append(nn.Sequential(*head))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map pictures (B, 3, H, W) in [0, 1] to verdicts (B, 3, H/4, W/4), of each layer as large as of the first."""
+        verdicts = []
+        for f, head in zip(self.vgg[0](x).values(), self.heads, strict=True):
+            verdict = head(nnf.conv2d(f, self.get_buffer(f"mix_{f.shape[1]}").to(f))).float()
+            verdicts.append(nnf.interpolate(verdict, (verdicts or [verdict])[0].shape[-2:]))
+        return torch.cat(verdicts, dim=1)
 
 
 def download(name: str, folder: Path = Path("data")) -> Path:
