@@ -573,14 +573,19 @@ def parse_args(
         raise InputError(f"{found[0]} exists: {advice}choose another --output")
     before = older | load_checkpoint(found[0]).get("args", {})
     if "image_size" in before:  # so johnson.py called its --crop-size, when its iterations included the decay
-        before |= {"crop_size": before["image_size"], "iterations": before["iterations"] - before["decay_iterations"]}
+        before |= {
+            "crop_size": before["image_size"],
+            "iterations": before["iterations"] - before.get("decay_iterations", 0),
+        }
     before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
     if args.start_from and plain(args)["start_from"] != before.get("start_from"):
         print(f"--start-from is not used: {found[0]} is continued", file=sys.stderr)
     if before.get("start_from"):  # the checkpoint has the network itself
         before["start_from"] = [str(found[0])] if isinstance(before["start_from"], list) else str(found[0])
     commands[argv[0]].set_defaults(**before)
-    now = plain(args := parse(argv[1:], Namespace(command=argv[0])))
+    args = parse(argv[1:], Namespace(command=argv[0]))
+    args.start_from = before.get("start_from")
+    now = plain(args)
     names = sorted(name for name in before if name != "start_from" and now[name] != before[name])
     if names:
         print("resuming:", ", ".join(f"{name} {before[name]} → {now[name]}" for name in names), file=sys.stderr)

@@ -148,9 +148,8 @@ def generator_losses(gan: CycleGAN, x: Tensor, y: Tensor) -> tuple[dict[str, Ten
     cycle = distance(F(G_x), x) + distance(G(F_y), y)
     # §3.3, Eq. 3:  L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc
     total = gan_G + gan_F + lambda_cycle * cycle
-    if gan.args.feature_discriminators:  # Eq. 1 again, for verdicts on feature maps
-        total = total + (gan.discriminators["E_Y"](G_x) - 1).square().mean()
-        total = total + (gan.discriminators["E_X"](F_y) - 1).square().mean()
+    for name, made in {"E_X": F_y, "E_Y": G_x}.items() if gan.args.feature_discriminators else ():
+        total = total + (gan.discriminators[name](made) - 1).square().mean()  # Eq. 1 again, of feature maps
     identity = torch.zeros_like(total)
     if lambda_identity:
         # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁,   weighted by 0.5 λ
@@ -206,15 +205,16 @@ class CycleGAN:
     def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32) -> None:
         self.args, self.precision = args, precision
         G, F = (Generator(args.blocks, args.width, args.upsample == "transposed") for _ in "GF")
-        networks = {"G": G, "F": F, "D_X": PatchDiscriminator(args.width), "D_Y": PatchDiscriminator(args.width)}
-        networks |= load_networks(args.start_from, args.upsample) if args.start_from else {}
+        networks = {"G": G, "F": F} | (load_networks(args.start_from, args.upsample) if args.start_from else {})
+        width = networks["G"].model[1].out_channels  # that of a model to start from comes before --width
+        networks = {"D_X": PatchDiscriminator(width), "D_Y": PatchDiscriminator(width)} | networks
         self.G, self.F, self.D_X, self.D_Y = (networks[name].to(device).train() for name in ("G", "F", "D_X", "D_Y"))
         # Samples and exported models have the averages of G and F over about the last tenth of the steps, 1000 at most:
         # w_ema ← d · w_ema + (1 − d) · w  with d = min(ema, (1 + n)/(10 + n)) after n steps. The paper has no such.
         self.G_ema, self.F_ema = (AveragedModel(network, avg_fn=self.average) for network in (self.G, self.F))
         self.discriminators = nn.ModuleDict({"D_X": self.D_X, "D_Y": self.D_Y})
         if args.feature_discriminators:
-            vgg = common.VGG(["relu2_2", "relu3_3", "relu4_3"], "vgg19").to(device)
+            vgg = common.VGG(["relu2_2", "relu3_3", "relu4_3"], "vgg19", precision=precision).to(device)
             self.discriminators.update({name: FeatureDiscriminator(vgg).to(device) for name in ("E_X", "E_Y")})
         betas = args.beta1, 0.999
         self.optimizer_G = torch.optim.Adam(nn.ModuleList([self.G, self.F]).parameters(), args.lr, betas)
@@ -399,10 +399,7 @@ def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict, 
     sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
     common.save_sheet(sample_columns(gan, x, y), sheet, {"command": record["command"]})
     if gan.args.export:
-        G, F = (
-            {name: value.half() for name, value in net.state_dict().items()}
-            for net in (gan.G_ema.module, gan.F_ema.module)
-        )
+        G, F = ({n: v.half() for n, v in net.module.state_dict().items()} for net in (gan.G_ema, gan.F_ema))
         common.save_checkpoint(record | {"G": G, "F": F}, gan.args.export)
     for warning in diagnose(gan, x, y, history):
         print("warning:", warning, file=sys.stderr)

@@ -74,12 +74,14 @@ class Objective:
     """
 
     def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> None:
-        self.vgg, self.args, self.tiles = vgg, args, tiles(photo, args.tile_size)
+        self.vgg, self.args, self.tiles, self.P = vgg, args, tiles(photo, args.tile_size), {}
         keep = None if args.protect is None else fit(args.protect, photo, MARGIN)
         self.keep = {} if keep is None else {layer: pool_mask(keep, grid(photo, layer)) for layer in PROTECTED_LAYERS}
         with torch.no_grad():
             A = [painting_grams(vgg, *pair, args) for pair in zip(paintings, args.painting_masks, strict=False)]
-            self.P = {tile: tile_maps(vgg, photo, tile, [*args.content_layers, *self.keep]) for tile in self.tiles}
+            layers = [*args.content_layers, *self.keep]
+            for tile in self.tiles:  # copies: a part would hold the whole maps of the tile and what surrounds it
+                self.P[tile] = {layer: f.clone() for layer, f in tile_maps(vgg, photo, tile, layers).items()}
         self.styles = []  # of each style: its share, its mask at each layer, its Gram matrices
         for share, T, grams in place_styles(A, photo, keep, args) if A else ():
             self.styles.append((share, {layer: pool_mask(T, grid(photo, layer)) for layer in grams}, grams))
@@ -119,7 +121,7 @@ class Objective:
 
 def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterator[Frame]:
     """Paint `content` in the style of `styles`, of any size; yield the picture and its losses after every step."""
-    common.check_memory(content, 500 if args.tile_size else 3000)
+    common.check_memory(content, 620 if args.tile_size and args.tile_size < max(content.shape[-2:]) else 3000)
     x = None
     for factor, steps in scale_steps(args, content):
         photo = nnf.pad(resize(content, factor), [MARGIN] * 4, mode="replicate")
@@ -129,7 +131,9 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
             # some filters are silent in all of them, and no factor brings their mean activation to 1.
             images = paintings if vgg.layers == args.style_layers else [photo, *paintings]
-            vgg = rescale(vgg, [resize(image, min(1.0, 1024 / max(image.shape[-2:]))) for image in images])
+            sides = [image.shape[-2:] for image in images]  # 1024 px are enough; 16 are what the network needs
+            factors = [min(1.0, max(1024 / max(side), 16 / min(side))) for side in sides]
+            vgg = rescale(vgg, list(map(resize, images, factors)))
             x = start(photo, styles, args)
         else:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
@@ -256,8 +260,9 @@ def part(maps: Tensor | None, tile: Tile, layer: str) -> Tensor | None:
 def tile_maps(vgg: VGG, image: Tensor, tile: Tile, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Compute the feature maps of a tile, with what surrounds it: as parts of those of the image."""
     top, bottom, left, right = tile
-    y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
-    maps = vgg(image[..., y : bottom + OVERLAP, x : right + OVERLAP], layers)
+    overlap = OVERLAP if max(vgg.layers) <= "relu5_1" else 128  # relu5_4 sees 118 px
+    y, x = max(0, top - overlap), max(0, left - overlap)
+    maps = vgg(image[..., y : bottom + overlap, x : right + overlap], layers)
     return {layer: part(f, (top - y, bottom - y, left - x, right - x), layer) for layer, f in maps.items()}
 
 

@@ -274,6 +274,13 @@ def test_tiles_add_up_to_the_whole_and_need_less_memory(monkeypatch):
     assert tiled_kept < 0.1 * kept
 
 
+@pytest.mark.parametrize("layer", ["relu5_1", "relu5_4"])
+def test_tiles_overlap_as_far_as_their_deepest_layer_sees(layer):
+    x, vgg = torch.rand(1, 3, 16, 432), VGG([layer], "vgg19", "random", "avg")
+    (part,) = gatys.tile_maps(vgg, x, (0, 16, 208, 224)).values()
+    close(part, vgg(x)[layer][..., 13:14])
+
+
 def test_relu5_1_sees_no_farther_than_tiles_overlap():
     x = torch.rand(1, 3, 16, 432).requires_grad_()
     VGG(["relu5_1"], "vgg19", "random", "avg")(x)["relu5_1"][..., 13].sum().backward()

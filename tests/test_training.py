@@ -103,12 +103,15 @@ def test_what_the_command_line_says_is_taken_and_told(training, capsys):
 
 
 def test_a_resumed_training_says_that_it_starts_from_no_other_model(training, capsys):
-    for folder in "ab":
-        run(training.format(folder), 1)
+    other = ["--width", "8"] if "cyclegan" in training else ["--norm", "batch"]
+    for folder, flags in (("a", []), ("b", other)):
+        run(training.format(folder), 1, *flags)
     models = [next(Path(folder).glob("*checkpoint.pth")) for folder in "aab"]
     for model, steps, told in zip(models, (1, 2, 3), (0, 0, 1), strict=True):
         run(training.format("c"), steps, "--resume", "--start-from", model)
         assert capsys.readouterr().err.count("--start-from is not used") == told
+    kept = [common.load_checkpoint(next(Path(folder).glob("*checkpoint.pth"))).get("architecture") for folder in "ac"]
+    assert kept[0] == kept[1]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(training, fails):
