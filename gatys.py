@@ -93,7 +93,7 @@ class Objective:
             for layer, T in layers.items():
                 L = content_loss(F[layer], P[layer], part(T, tile, layer))
                 sums[i] = sums[i] + L * portion(x, tile, layer) / len(layers)
-        for layer, T in [pair for _, masks, _ in self.styles for pair in masks.items()]:
+        for layer, T in [(layer, masks[layer]) for _, masks, _ in self.styles for layer in self.args.style_layers]:
             sums.append(gram_matrix(F[layer], part(T, tile, layer)) * portion(x, tile, layer, T))
         return sums
 
