@@ -189,6 +189,12 @@ def luminance(image: Tensor) -> Tensor:
     return torch.einsum("c,bchw->bhw", YIQ[0].to(image), image).unsqueeze(1)
 
 
+def total_variation(x: Tensor) -> Tensor:
+    """Average the squared differences of neighbouring pixels of x (B, 3, H, W)."""
+    # Johnson et al. have their sum. The weight of a mean means the same at every size.
+    return (x[..., 1:, :] - x[..., :-1, :]).square().mean() + (x[..., 1:] - x[..., :-1]).square().mean()
+
+
 def keep_color(image: Tensor, photo: Tensor) -> Tensor:
     """Join the luminance of `image` with I and Q of `photo`, (B, 3, H, W) in [0, 1] each (Gatys et al. 2017, §5.1)."""
     yiq = torch.cat([luminance(image), torch.einsum("dc,bchw->bdhw", YIQ[1:].to(photo), photo)], dim=1)
@@ -207,6 +213,7 @@ ANIMATIONS = (".gif", ".webp", ".png")
 FILM = "take a film apart, as by ffmpeg -i FILM frames/%05d.png"
 ADVICE = {".heic": "pip install pillow-heif", ".mp4": FILM, ".mov": FILM, ".mkv": FILM, ".webm": FILM, ".avi": FILM}
 NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
+NETWORK = {"start_from", "norm", "upsample", "padding", "width", "blocks"}  # flags that a model decides
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many: they stand in a damaged header, rather than in a scan
 with suppress(ImportError):
@@ -530,11 +537,10 @@ def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Ca
 
 
 def model_file(name: str, known: Sequence[str]) -> Path:
-    """Find the file of a model, one of the `known` that come with this, or any other; by `partial` an argparse type."""
-    path = Path(__file__).parent / "models" / f"{name}.pth" if name in known else Path(name)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"no such file: {name}; name one, or a model: {', '.join(known)}")
-    return path
+    """Name the file of a model, one of the `known` that come with this, or any other; by `partial` an argparse type."""
+    if name not in known and not Path(name).suffix:
+        raise argparse.ArgumentTypeError(f"no model {name}: name a file, or one of {', '.join(known)}")
+    return Path(__file__).parent / "models" / f"{name}.pth" if name in known else Path(name)
 
 
 def add_device_arguments(parser: ArgumentParser) -> None:
@@ -553,13 +559,8 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--workers", type=number(int), default=2, help="processes that load pictures")
 
 
-def parse_args(
-    parser: ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]], older: dict
-) -> Namespace:
-    """Parse a subcommand. With --resume, flags that are not given are taken from the checkpoint, its first output.
-
-    `older` are flags that checkpoints did not always have, with what was done then.
-    """
+def parse_args(parser: ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]]) -> Namespace:
+    """Parse a subcommand. With --resume, flags that are not given are taken from the checkpoint, its first output."""
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
     if not argv or argv[0] not in commands:
         parser.parse_args(argv)  # which shows the help, or says what is wrong
@@ -571,25 +572,22 @@ def parse_args(
     if not args.resume or found[0] != outputs_of(args)[0]:
         advice = "continue that training with --resume, or " if found[0] == outputs_of(args)[0] else ""
         raise InputError(f"{found[0]} exists: {advice}choose another --output")
-    before = older | load_checkpoint(found[0]).get("args", {})
-    if "image_size" in before:  # so johnson.py called its --crop-size, when its iterations included the decay
-        before |= {
-            "crop_size": before["image_size"],
-            "iterations": before["iterations"] - before.get("decay_iterations", 0),
-        }
+    before = load_checkpoint(found[0]).get("args", {})
     before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
-    if args.start_from and plain(args)["start_from"] != before.get("start_from"):
-        print(f"--start-from is not used: {found[0]} is continued", file=sys.stderr)
-    if before.get("start_from"):  # the checkpoint has the network itself
-        before["start_from"] = [str(found[0])] if isinstance(before["start_from"], list) else str(found[0])
     commands[argv[0]].set_defaults(**before)
     args = parse(argv[1:], Namespace(command=argv[0]))
-    args.start_from = before.get("start_from")
-    now = plain(args)
-    names = sorted(name for name in before if name != "start_from" and now[name] != before[name])
-    if names:
+    vars(args).update({name: before.pop(name) for name in NETWORK & before.keys()})
+    args.start_from, now = [found[0]], plain(args)
+    if names := sorted(name for name in before if now[name] != before[name]):
         print("resuming:", ", ".join(f"{name} {before[name]} → {now[name]}" for name in names), file=sys.stderr)
     return args
+
+
+def go_on(args: Namespace, architecture: dict[str, Any]) -> None:
+    """Let the flags of a network be those of the model that --start-from names, and say so."""
+    vars(args).update({name: architecture[name] for name in NETWORK & architecture.keys()})
+    facts = ", ".join(f"{name} {value}" for name, value in architecture.items())
+    print(f"going on from {', '.join(map(str, args.start_from))}: {facts}", file=sys.stderr)
 
 
 def plain(args: Namespace) -> dict[str, Any]:
@@ -765,6 +763,11 @@ class Crops(Dataset):
         raise InputError(f"none of the images in {files[0].parent} can be read")
 
 
+def lr_factor(step: int, constant: int, decay: int) -> float:
+    """Return 1 in the first `constant` steps, or epochs, counted from 0; then less, to reach 0 after `decay` more."""
+    return 1.0 - max(0, step - constant) / max(1, decay)
+
+
 @dataclass(repr=False)  # Python's signal module asks for the repr of a handler's owner: of all tensors
 class Training:
     """Show how far a training is, save, stop and resume it: `for x, y in run.batches(data): run.log(step(x, y))`.
@@ -790,8 +793,8 @@ class Training:
             return
         state = load_checkpoint(self.checkpoint)
         try:
-            for name in self.parts.keys() & state.keys() or self.parts:  # an older file may lack some
-                self.parts[name].load_state_dict(state[name])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
             self.step, self.history = int(state["step"]), list(state["history"])
         except Exception as error:  # a foreign file can fail anywhere
             raise InputError(f"{self.checkpoint} is no checkpoint of this script's train with these flags") from error

@@ -81,6 +81,7 @@ class Generator(nn.Module):
 
     def __init__(self, blocks: int = 9, width: int = 64, transposed: bool = True) -> None:
         super().__init__()
+        self.architecture = {"blocks": blocks, "width": width, "upsample": "transposed" if transposed else "nearest"}
         w, options = width, {"stride": 2, "padding": 1, "output_padding": 1} if transposed else {}
         Up: type[nn.Module] = nn.ConvTranspose2d if transposed else Upsample
         self.model = nn.Sequential(
@@ -205,9 +206,11 @@ class CycleGAN:
     def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32) -> None:
         self.args, self.precision = args, precision
         G, F = (Generator(args.blocks, args.width, args.upsample == "transposed") for _ in "GF")
-        networks = {"G": G, "F": F} | (load_networks(args.start_from, args.upsample) if args.start_from else {})
-        width = networks["G"].model[1].out_channels  # that of a model to start from comes before --width
-        networks = {"D_X": PatchDiscriminator(width), "D_Y": PatchDiscriminator(width)} | networks
+        networks = {"G": G, "F": F}
+        if args.start_from:
+            networks = load_networks(args.start_from)
+            common.go_on(args, networks["G"].architecture)
+        networks = {"D_X": PatchDiscriminator(args.width), "D_Y": PatchDiscriminator(args.width)} | networks
         self.G, self.F, self.D_X, self.D_Y = (networks[name].to(device).train() for name in ("G", "F", "D_X", "D_Y"))
         # Samples and exported models have the averages of G and F over about the last tenth of the steps, 1000 at most:
         # w_ema ← d · w_ema + (1 − d) · w  with d = min(ema, (1 + n)/(10 + n)) after n steps. The paper has no such.
@@ -253,16 +256,10 @@ class CycleGAN:
             group["lr"], group["betas"] = lr, (self.args.beta1, 0.999)  # a checkpoint brings those of before
 
 
-def lr_factor(epoch: int, epochs: int, decay_epochs: int) -> float:
-    """Return 1 in the first `epochs` epochs, counted from 0; then less, to reach 0 after `decay_epochs` (§7.1)."""
-    return 1.0 - max(0, epoch - epochs) / max(1, decay_epochs)
-
-
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
     inputs = [Path(folder, path) for path in args.data for folder in (".", "data")]  # data/: downloaded sets
-    inputs += map(Path, args.start_from if args.start_from and not args.resume else ())
-    common.check_outputs(outputs_of(args), inputs)
+    common.check_outputs(outputs_of(args), [*inputs, *(() if args.resume else args.start_from)])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
@@ -282,7 +279,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
     for x, y in run.batches(common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
         epoch = run.step // epoch_steps
-        lr = args.lr * lr_factor(epoch, args.epochs, args.decay_epochs)
+        lr = args.lr * common.lr_factor(epoch, args.epochs, args.decay_epochs)
         gan.set_lr(lr)
         run.log({"epoch": epoch + 1, "lr": lr} | gan.step(x, y))
     print(outputs_of(args)[0])
@@ -453,7 +450,7 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
         transposed = len(weights[f"model.{10 + blocks}.weight"]) == 4 * width  # its weight has the inputs first
         network = Generator(blocks, width, transposed)
         network.load_state_dict({name: value.float() for name, value in weights.items()})
-        load_size = state.get("args", state.get("settings", {})).get("load_size")  # "settings": of older files
+        load_size = state.get("args", {}).get("load_size")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         other = ", but a U-Net" if "model.model.0.weight" in state else ""
         other = ", but has batch norm" if "model.2.weight" in state else other
@@ -463,22 +460,13 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
     return network.eval(), Namespace(authors=authors, load_size=load_size)
 
 
-def load_networks(files: Sequence[str | Path], upsample: str) -> dict[str, nn.Module]:
+def load_networks(paths: Sequence[Path]) -> dict[str, nn.Module]:
     """Read networks to train on: of a file that `train` has written, or G and F, one file each, of the authors' code.
 
-    A file without discriminators returns none. With `upsample` nearest, transposed convolutions are replaced: their
-    weights are those of a convolution, turned by 180°, with zeros between the pixels instead of repeated ones.
+    A file without discriminators returns none.
     """
-    paths = [Path(name) for name in files]
-    direction = "y2x" if len(paths) == 1 else "x2y"
+    direction, state = "y2x" if len(paths) == 1 else "x2y", common.load_checkpoint(paths[0])
     networks: dict[str, nn.Module] = {"G": load_generator(paths[0])[0], "F": load_generator(paths[-1], direction)[0]}
-    for network in networks.values() if upsample == "nearest" else ():
-        for i, layer in enumerate(network.model):
-            if isinstance(layer, nn.ConvTranspose2d):
-                network.model[i] = Upsample(layer.in_channels, layer.out_channels, 3)
-                weight = layer.weight.transpose(0, 1).flip(2, 3)
-                network.model[i].load_state_dict({"weight": weight, "bias": layer.bias})
-    state = common.load_checkpoint(paths[0])
     if len(paths) > 2 or (len(paths) == 2 and "G" in state):
         raise InputError("--start-from takes one file of this script, or two of the authors' code")
     try:
@@ -531,7 +519,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F; the paper has none")
     add("--feature-discriminators", action="store_true", help="judge VGG's feature maps, too: fewer steps to learn")
     models = "start with its weights, in its size: horse2zebra, a file, or two of the authors', X → Y and Y → X"
-    add("--start-from", nargs="+", type=model_file, metavar="MODEL", help=models)
+    add("--start-from", nargs="+", type=model_file, metavar="MODEL", default=(), help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
     add("--epochs", group="training", type=number(int), default=100, help="passes through the larger domain, at --lr")
     add("--decay-epochs", type=number(int), default=100, help="epochs after --epochs in which the rate falls to 0")
@@ -551,7 +539,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     direction = "x2y: G, for the shipped model horse to zebra; y2x: F, the way back"
     add("--direction", choices=["x2y", "y2x"], default="x2y", help=direction)
     common.add_device_arguments(sub)
-    args = common.parse_args(parser, argv, outputs_of, {"upsample": "transposed", "ema": 0.0})
+    args = common.parse_args(parser, argv, outputs_of)
     if args.command == "train":
         complete_sizes(args)
     return args

@@ -62,11 +62,6 @@ def style_loss(g: Tensor, a: Tensor) -> Tensor:
     return 0.25 * (g - a).square().sum()
 
 
-def total_variation(x: Tensor) -> Tensor:
-    """Average the squared differences of neighbouring pixels of x (1, 3, H, W). The paper has no such term."""
-    return (x[..., 1:, :] - x[..., :-1, :]).square().mean() + (x[..., 1:] - x[..., :-1]).square().mean()
-
-
 class Objective:
     """The losses of x at one scale. It holds what x is compared with: P of the photo, and A of each painting.
 
@@ -88,11 +83,13 @@ class Objective:
 
     def measure(self, x: Tensor, tile: Tile) -> list[Tensor]:
         """Return what a tile adds to L_content, to what is protected, and to the Gram matrices of each style."""
-        F, P, sums = tile_maps(self.vgg, x, tile), self.P[tile], [x.new_zeros(()), x.new_zeros(())]
-        for i, layers in enumerate((dict.fromkeys(self.args.content_layers), self.keep)):
-            for layer, T in layers.items():
-                L = content_loss(F[layer], P[layer], part(T, tile, layer))
-                sums[i] = sums[i] + L * portion(x, tile, layer) / len(layers)
+        F, P, sums = tile_maps(self.vgg, x, tile), self.P[tile], []
+        for layers in (dict.fromkeys(self.args.content_layers), self.keep):
+            losses = [
+                content_loss(F[layer], P[layer], part(T, tile, layer)) * portion(x, tile, layer)
+                for layer, T in layers.items()
+            ]
+            sums.append(sum(losses, x.new_zeros(())) / max(1, len(losses)))
         for layer, T in [(layer, masks[layer]) for _, masks, _ in self.styles for layer in self.args.style_layers]:
             sums.append(gram_matrix(F[layer], part(T, tile, layer)) * portion(x, tile, layer, T))
         return sums
@@ -108,7 +105,7 @@ class Objective:
             for layer, w_l in zip(args.style_layers, args.style_layer_weights, strict=False):
                 L_style = L_style + share * w_l * style_loss(G.pop(0), A[layer])
         if args.tv_weight:
-            L_tv = total_variation(x)
+            L_tv = common.total_variation(x)
         # Gatys Eq. 7:  L_total = α L_content + β L_style   (and two terms that the paper has not)
         alpha, beta = args.content_weight, args.style_weight
         L_total = alpha * L_content + beta * L_style + args.tv_weight * L_tv + args.protect_weight * L_protected
@@ -399,7 +396,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--save-gif", action="store_true", help="write the optimisation as an animation, <output>.gif")
     add("--save-all", action="store_true", help="write the picture of every step to <output>_frames/")
     add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, .png")
-    add("--save-mask", action="store_true", help="write what is protected to <output>_mask.png")
     common.add_device_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     n, equal = len(args.styles), [1 / len(args.style_layers) for _ in args.style_layers]
@@ -416,7 +412,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         (n > 4 and not (args.style_blend or args.style_masks or args.painting_masks), f"{n} styles given: {advice}"),
         (len(weights) != len(equal), f"--style-layer-weights needs one for each of {len(equal)} layers"),
         (args.tile_size and args.tile_size % 16, f"--tile-size {args.tile_size}: choose a multiple of 16"),
-        (args.save_mask and not args.protect, "--save-mask writes what --protect keeps: name a mask, or faces"),
     ):
         if mistaken:
             raise InputError(message)
@@ -503,8 +498,8 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         raise InputError(f"{path} is a folder: name its paintings one by one; a folder of photos is named first")
     files = (*args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
     taken = [Path(file) for file in files if file not in (None, "faces", *STARTS)]
-    ends = {".gif": args.save_gif, "_losses.csv": args.save_losses, "_losses.png": args.save_losses}
-    ends |= {"_frames": args.save_all, "_mask.png": args.save_mask}
+    saved = {".gif": args.save_gif, "_frames": args.save_all}
+    saved |= {"_losses.csv": args.save_losses, "_losses.png": args.save_losses}
     device, style_size = common.pick_device(args.device), max(1, round(args.image_size * args.style_scale))
     paintings = [next(common.load_frames(path, style_size, crop))[0] for path in args.styles]
     args.style_masks = [load_mask(path, crop) for path in args.style_masks]
@@ -516,7 +511,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     args.init = args.init if args.init in STARTS else load_image(args.init, None, crop)
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
     for number, (photo, output) in enumerate(pairs, 1):
-        extras = {end: Path(f"{output.parent / output.stem}{end}") for end, wanted in ends.items() if wanted}
+        extras = {end: Path(f"{output.parent / output.stem}{end}") for end, wanted in saved.items() if wanted}
         one = {"output": output, "title": f"{number}/{len(pairs)} {photo.name}" if len(pairs) > 1 else None}
         try:
             common.check_outputs([output, *extras.values()], [photo, *taken], common.FORMATS)
@@ -538,8 +533,6 @@ def run(args: Namespace, command: Sequence[str]) -> None:
 
 def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extras: dict, command: Sequence) -> None:
     """Paint a photo into `args.output` and `extras`. Whatever stops it, the best picture so far is written."""
-    if args.save_mask:
-        common.save_image(fit(args.protect, content).expand_as(content), extras["_mask.png"])
     for old in extras["_frames"].glob("[0-9][0-9][0-9][0-9].png") if args.save_all else ():  # of an earlier run
         old.unlink()
     steps, small = sum(steps for _, steps in scale_steps(args, content)), min(1.0, 384 / max(content.shape[-2:]))
@@ -560,7 +553,7 @@ def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extra
         stopped = error
     if stopped and common.out_of_memory(stopped):
         size = int(0.7 * max(content.shape[-2:]))  # which has half the pixels
-        stopped = InputError(f"out of memory: about --image-size {size} is likely to fit, or add --tile-size 512")
+        stopped = InputError(f"out of memory: about --image-size {size} is likely to fit, or --tile-size 512, or less")
     if best is None:
         raise stopped
     record = common.provenance(command, seed=args.seed, step=f"{best_step} of {steps}", losses=losses)

@@ -28,7 +28,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 import common
-from common import VGG, InputError, autocast, gram_matrix, keep_color, load_image, rescale
+from common import VGG, InputError, autocast, gram_matrix, keep_color, load_image, rescale, total_variation
 
 # --- Network -----------------------------------------------------------------------------------------------
 
@@ -149,13 +149,6 @@ def style_loss(g: Tensor, g_target: Tensor) -> Tensor:
     return (g - g_target).square().sum((1, 2)).mean()
 
 
-def total_variation(y_hat: Tensor) -> Tensor:
-    """Average the squared differences of neighbouring pixels of ŷ (B, 3, H, W)."""
-    # The paper has their sum. The weight of a mean means the same at every size.
-    down, right = y_hat[..., 1:, :] - y_hat[..., :-1, :], y_hat[..., 1:] - y_hat[..., :-1]
-    return down.square().mean() + right.square().mean()
-
-
 class Objective:
     """The losses of ŷ for one painting y_s, (1, 3, h, w) in [0, 1]. It holds φ and the Gram matrices of y_s."""
 
@@ -198,22 +191,19 @@ def step(f_W: TransformNet, objective: Objective, optimizer: torch.optim.Optimiz
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def lr_factor(iteration: int, iterations: int, decay_iterations: int) -> float:
-    """Return 1 in the first `iterations`, counted from 0; then less, linearly, to reach 0 after `decay_iterations`."""
-    return min(1.0, (iterations + decay_iterations - iteration) / max(1, decay_iterations))
-
-
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W as the command line says (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    start_from = [args.start_from] if args.start_from and not args.resume else []
-    common.check_outputs(outputs_of(args), [args.style, args.data, *start_from])
+    common.check_outputs(outputs_of(args), [args.style, args.data, *(() if args.resume else args.start_from)])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     samples, files = common.hold_out(common.find_images(args.data), args.crop_size)
     samples, y_s = samples.to(device), load_image(args.style, args.style_size).to(device)
 
     torch.manual_seed(args.seed)
-    f_W = load_network(args.start_from) if args.start_from else TransformNet(args.norm, args.upsample, args.padding)
+    f_W = TransformNet(args.norm, args.upsample, args.padding)
+    for path in args.start_from:  # at most one
+        f_W = load_network(path)
+        common.go_on(args, f_W.architecture)
     f_W.to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
     vgg = VGG([args.content_layer, *args.style_layers], args.vgg, args.vgg_weights, precision=precision).to(device)
@@ -226,7 +216,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     run = common.Training(args, device, precision, outputs_of(args)[0], steps, parts, sample, record)
     # Photos are cropped at random. The paper resizes them to 256×256.
     for (x,) in run.batches(common.Crops([files], args.crop_size, args.crop_size, args.seed)):
-        optimizer.param_groups[0]["lr"] = args.lr * lr_factor(run.step, args.iterations, args.decay_iterations)
+        optimizer.param_groups[0]["lr"] = args.lr * common.lr_factor(run.step, args.iterations, args.decay_iterations)
         run.log(step(f_W, objective, optimizer, x))
     print(args.output)
 
@@ -361,13 +351,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--norm", group="network", choices=["instance", "batch"], default="instance", help="the paper's is batch")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--padding", choices=["reflect", "start"], default="reflect", help="the paper's is start")
-    add("--start-from", type=model_file, metavar="MODEL", help="go on from its weights: a style, or a file")
+    add("--start-from", nargs=1, type=model_file, metavar="MODEL", default=(), help="go on from a style, or a file")
     add("--iterations", group="training", type=number(int, 1), default=40000, help="training steps of Adam")
     add("--decay-iterations", type=number(int), default=0, help="steps after --iterations in which the rate falls to 0")
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
     add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")
     common.add_training_arguments(sub)
-    args = common.parse_args(parser, argv, outputs_of, {})
+    args = common.parse_args(parser, argv, outputs_of)
     if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
         raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
     return args

@@ -171,7 +171,7 @@ def test_any_size_is_mirrored_to_a_multiple_of_4_and_cut_again(size):
 def test_pictures_are_translated_at_the_size_of_training():
     """By their shorter side, as training scales them; at another size they would hold horses it has never seen."""
     weights = Generator(1, 4).state_dict()
-    torch.save({"G": weights, "F": weights, "settings": {"load_size": 30}}, "model.pth")
+    torch.save({"G": weights, "F": weights, "args": {"load_size": 30}}, "model.pth")
     save_noise("b.png", size=(80, 40))
     for flags, height, width in (("--direction y2x", 30, 60), ("", 30, 60), ("--image-size 24", 12, 24)):
         run(f"cyclegan.py translate b.png --model model.pth -o {height}.png {flags}")
@@ -184,29 +184,22 @@ def test_nearest_upsampling_repeats_pixels():
     up, x = cyclegan.Upsample(3, 2, 3), torch.rand(1, 3, 5, 4)
     repeated = nnf.pad(x.repeat_interleave(2, -2).repeat_interleave(2, -1), [1] * 4, mode="reflect")
     assert torch.allclose(up(x), nnf.conv2d(repeated, up.weight, up.bias), atol=1e-6)
-    transposed, spread = torch.nn.ConvTranspose2d(3, 2, 3, 2, 1, output_padding=1), torch.zeros(1, 3, 10, 8)
-    spread[..., ::2, ::2] = x  # zeros between pixels
-    turned = transposed.weight.transpose(0, 1).flip(2, 3)
-    assert torch.allclose(transposed(x), nnf.conv2d(spread, turned, transposed.bias, padding=1), atol=1e-6)
 
 
 @pytest.mark.parametrize("upsample", ["transposed", "nearest"])
-def test_a_training_goes_on_from_a_model(folders, upsample):
+def test_a_training_goes_on_from_a_model(folders, upsample, capsys):
     """Its own with discriminators, an exported one without, or two of the authors', one for each direction."""
     run("cyclegan.py train x y -o a --export a/m.pth", "--upsample", upsample, "--ema", 0)
     trained = state("a")
     for name in "GF":
         torch.save(trained[name], f"{name}.pth")
     for paths in (["a/checkpoint.pth"], ["a/m.pth"], ["G.pth", "F.pth"]):
-        networks = cyclegan.load_networks(paths, upsample)
+        networks = cyclegan.load_networks(list(map(Path, paths)))
         assert networks.keys() == ({"G", "F", "D_X", "D_Y"} if "checkpoint" in paths[0] else {"G", "F"})
         for name, network in networks.items():
             torch.testing.assert_close(dict(network.state_dict()), dict(trained[name]), rtol=1e-5, atol=1e-3)
-    turned = cyclegan.load_networks(["a/m.pth"], "nearest")["F"].model[11]
-    weight = trained["F"]["model.11.weight"]
-    weight = weight.transpose(0, 1).flip(2, 3) if upsample == "transposed" else weight
-    assert isinstance(turned, cyclegan.Upsample) and torch.allclose(turned.weight, weight, atol=1e-3)
-    run("cyclegan.py train x y -o b --lr 0 --max-steps 2 --start-from", "a/checkpoint.pth", "--upsample", upsample)
+    run("cyclegan.py train x y -o b --lr 0 --max-steps 2 --start-from", "a/checkpoint.pth")
+    assert f"blocks 1, width 4, upsample {upsample}" in capsys.readouterr().err
     equal(state("b")["D_X"], trained["D_X"])
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import cyclegan
 import gatys
 import johnson
-from common import VGG, gram_matrix, keep_color, rescale
+from common import VGG, gram_matrix, keep_color, lr_factor, rescale
 
 close = torch.testing.assert_close
 
@@ -408,7 +408,7 @@ def test_cyclegan_section_7_1_learning_rate_and_initial_weights():
     """100 epochs at the full rate, 100 linearly to 0; weights from N(0, 0.02); 6 blocks for 128 px, scaled to 143."""
     args = [cyclegan.parse_args(["train", "x", "y", "--crop-size", str(side)]) for side in (256, 128)]
     assert [(a.blocks, a.load_size) for a in args] == [(9, 286), (6, 143)]
-    factors = [cyclegan.lr_factor(epoch, 100, 100) for epoch in (0, 99, 100, 150, 199, 200)]
+    factors = [lr_factor(epoch, 100, 100) for epoch in (0, 99, 100, 150, 199, 200)]
     assert factors == pytest.approx([1, 1, 1, 0.5, 0.01, 0])
     for network in (cyclegan.Generator(2), cyclegan.PatchDiscriminator()):
         weights = torch.cat([p.flatten() for name, p in network.named_parameters() if name.endswith("weight")])

@@ -187,9 +187,9 @@ def test_every_photo_of_a_folder_is_painted_as_it_is_alone(monkeypatch, capsys):
     gatys.load_vgg.cache_clear()
     monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])
     with pytest.raises(SystemExit, match="1 of 3 photos"):
-        run("gatys.py in style.png --save-mask --protect faces")
+        run("gatys.py in style.png --save-gif --protect faces")
     assert (len(made), capsys.readouterr().err.count("warning: in/damaged.png: ")) == (1, 1)
-    assert files("in_style") == ["a.png", "a_mask.png", "deep/b.jpg", "deep/b_mask.png"]
+    assert files("in_style") == ["a.gif", "a.png", "deep/b.gif", "deep/b.jpg"]
     run("gatys.py in/deep/b.jpg style.png -o alone.jpg --protect faces")
     assert torch.equal(load_image("alone.jpg"), load_image("in_style/deep/b.jpg"))
     monkeypatch.setattr(gatys, "optimize", lambda *arguments: signal.raise_signal(signal.SIGINT))

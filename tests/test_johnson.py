@@ -99,21 +99,7 @@ def test_what_a_training_leaves(photos):
     assert all(value.dtype == torch.half for value in model["model"].values())
     (group,) = checkpoint["optimizer"]["param_groups"]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (2.5e-4, (0.9, 0.999), 0)
-    assert [johnson.lr_factor(n, 2, 4) for n in range(6)] == [1, 1, 1, 0.75, 0.5, 0.25]
-
-
-@pytest.mark.parametrize(("iterations", "factors"), [(6, [1, 1, 1, 0.75, 0.5, 0.25]), (3, [0.75, 0.5, 0.25])])
-def test_a_checkpoint_with_the_flags_of_before_goes_on_as_it_was(photos, iterations, factors):
-    """Its crops were of --image-size, and the decay, which could be longer, was the end of --iterations."""
-    run(TRAIN, "-o", "a.pth")
-    path = Path("a.checkpoint.pth")
-    state = common.load_checkpoint(path)
-    state["args"] |= {"image_size": state["args"].pop("crop_size"), "iterations": iterations, "decay_iterations": 4}
-    torch.save(state, path)
-    args = johnson.parse_args([*TRAIN.split()[1:], "-o", "a.pth", "--resume"])
-    steps = args.iterations + args.decay_iterations
-    assert [johnson.lr_factor(n, args.iterations, args.decay_iterations) for n in range(steps)] == factors
-    assert args.crop_size == 16
+    assert [common.lr_factor(n, 2, 4) for n in range(6)] == [1, 1, 1, 0.75, 0.5, 0.25]
 
 
 def test_a_training_starts_from_its_seed_or_from_another_style(photos):

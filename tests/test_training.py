@@ -106,10 +106,12 @@ def test_a_resumed_training_says_that_it_starts_from_no_other_model(training, ca
     other = ["--width", "8"] if "cyclegan" in training else ["--norm", "batch"]
     for folder, flags in (("a", []), ("b", other)):
         run(training.format(folder), 1, *flags)
-    models = [next(Path(folder).glob("*checkpoint.pth")) for folder in "aab"]
-    for model, steps, told in zip(models, (1, 2, 3), (0, 0, 1), strict=True):
-        run(training.format("c"), steps, "--resume", "--start-from", model)
-        assert capsys.readouterr().err.count("--start-from is not used") == told
+    models = [next(Path(folder).glob("*checkpoint.pth")) for folder in "aba"]
+    for model, steps in zip([*models[:2], "deleted.pth"], (1, 2, 3), strict=True):
+        run(training.format("c"), steps, "--resume", "--start-from", model, *(other if steps == 2 else []))
+        told = capsys.readouterr().err
+        assert f"going on from {models[0] if steps == 1 else 'c'}" in told and told.count("→") == (steps > 1)
+        assert ("width 4" if "width" in other[0] else "norm instance") in told
     kept = [common.load_checkpoint(next(Path(folder).glob("*checkpoint.pth"))).get("architecture") for folder in "ac"]
     assert kept[0] == kept[1]
 
