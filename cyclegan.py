@@ -508,7 +508,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     data += f"of the authors' sets, which is downloaded into data/: {', '.join(DATASETS)}"
     add("data", group="pictures", nargs="+", metavar="DIR", help=data)
     add("-o", "--output", type=Path, default=Path("run"), help="folder for the checkpoint, samples and losses")
-    add("--load-size", type=number(int, 32, 65536), help="their shorter side (default: 286/256 of --crop-size)")
+    add("--load-size", type=number(int, 32, 65536), help="shorter side to scale to (default: 286/256 of --crop-size)")
     add("--crop-size", type=number(int, 32, 65536), default=256, help="side of the training crops, in px")
     add("--lambda-cycle", group="losses", type=number(), default=10.0, help="λ of Eq. 3")
     add("--lambda-identity", type=number(), default=0.5, help="weight of the identity loss, relative to λ")
@@ -518,7 +518,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F; the paper has none")
     add("--feature-discriminators", action="store_true", help="judge VGG's feature maps, too: fewer steps to learn")
-    models = "start with its weights, in its size: horse2zebra, a file, or two of the authors', X → Y and Y → X"
+    models = "go on from its weights, in its size: horse2zebra, a file, or two of the authors', X → Y and Y → X"
     add("--start-from", nargs="+", type=model_file, metavar="MODEL", default=(), help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
     add("--epochs", group="training", type=number(int), default=100, help="passes through the larger domain, at --lr")

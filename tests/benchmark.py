@@ -132,6 +132,8 @@ def kid(a, b):
 def horse2zebra_kid(size):
     """Print how far translated test pictures are from real ones, and untranslated ones: KID on features of VGG-19."""
     data, vgg = Path("data/horse2zebra"), VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg").to(DEVICE)
+    if not data.is_dir():
+        return print("horse2zebra-kid     needs data/horse2zebra: python cyclegan.py train horse2zebra --max-steps 1")
 
     def features(images):
         """Return the mean and the spread of each filter over the positions, of pictures at 128 px."""

@@ -167,6 +167,16 @@ def test_links_and_equations_lead_somewhere():
     assert wanted <= {row["equation"] for row, _ in tables("equation")}
 
 
+def test_every_choice_of_tests_chooses_some():
+    """Each word of a `pytest -k` is in the name of a test."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    names = re.findall(r"^def (test_\w+)", tests, re.MULTILINE)
+    choices = re.findall(r'-k (?:\\?"([^"\\]+)|(\w+))', README + NOTEBOOK.read_text(encoding="utf-8"))
+    assert len(choices) > 6
+    for word in (word for choice in choices for word in "".join(choice).split(" or ")):
+        assert any(word in name for name in names), word
+
+
 def test_the_notebook_has_its_outputs_and_runs(monkeypatch):
     """What is stored tells nothing of where it was run; it runs at a tiny size, in a kernel of its own."""
     stored = NOTEBOOK.read_text(encoding="utf-8")
