@@ -201,9 +201,14 @@ class ImagePool:
 
 
 class CycleGAN:
-    """G: X → Y, F: Y → X, D_X and D_Y, with the optimisers and image pools: all that a step changes."""
+    """G: X → Y, F: Y → X, D_X and D_Y, with the optimisers and image pools: all that a step changes.
 
-    def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32) -> None:
+    `real` are a few pictures x and y, for discriminators of feature maps alone.
+    """
+
+    def __init__(
+        self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32, real: Sequence[Tensor] = ()
+    ) -> None:
         self.args, self.precision = args, precision
         G, F = (Generator(args.blocks, args.width, args.upsample == "transposed") for _ in "GF")
         networks = {"G": G, "F": F}
@@ -218,7 +223,8 @@ class CycleGAN:
         self.discriminators = nn.ModuleDict({"D_X": self.D_X, "D_Y": self.D_Y})
         if args.feature_discriminators:
             vgg = common.VGG(["relu2_2", "relu3_3", "relu4_3"], "vgg19", precision=precision).to(device)
-            self.discriminators.update({name: FeatureDiscriminator(vgg).to(device) for name in ("E_X", "E_Y")})
+            for name, pictures in zip(("E_X", "E_Y"), real, strict=True):
+                self.discriminators[name] = FeatureDiscriminator(vgg, pictures).to(device)
         betas = args.beta1, 0.999
         self.optimizer_G = torch.optim.Adam(nn.ModuleList([self.G, self.F]).parameters(), args.lr, betas)
         self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), args.lr, betas)
@@ -267,7 +273,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     steps = min(epoch_steps * (args.epochs + args.decay_epochs), args.max_steps or sys.maxsize)
 
     torch.manual_seed(args.seed)
-    gan = CycleGAN(args, device, precision)
+    gan = CycleGAN(args, device, precision, (x_test, y_test))
     parts = ("G", "F", "optimizer_G", "optimizer_D", "pool_X", "pool_Y", "G_ema", "F_ema")
     record = {"args": common.plain(args), "command": shlex.join(command)}
 
@@ -278,10 +284,10 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     run = common.Training(args, device, precision, outputs_of(args)[0], steps, changing, sample, record, epoch_steps)
     # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
     for x, y in run.batches(common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
-        epoch = run.step // epoch_steps
+        epoch = run.step / epoch_steps
         lr = args.lr * common.lr_factor(epoch, args.epochs, args.decay_epochs)
         gan.set_lr(lr)
-        run.log({"epoch": epoch + 1, "lr": lr} | gan.step(x, y))
+        run.log({"epoch": int(epoch) + 1, "lr": lr} | gan.step(x, y))
     print(outputs_of(args)[0])
 
 
@@ -319,12 +325,13 @@ class FeatureDiscriminator(nn.Module):
     It is a small one of Projected GANs (Sauer et al. 2021): what it sees of a layer are fixed random mixes of all maps.
     """
 
-    def __init__(self, vgg: common.VGG) -> None:
+    def __init__(self, vgg: common.VGG, real: Tensor) -> None:
         super().__init__()
         self.vgg, self.heads = [vgg], nn.ModuleList()  # in a list, VGG is no part of state_dict()
-        for c in (128, 256, 512):  # maps of relu2_2, relu3_3, relu4_3
-            self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5)
-            head = nn.GroupNorm(8, 64), nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)
+        for f in vgg(real).values():  # scaled to a mean of 1 over all of `real`: a norm would hide a lack of contrast
+            c = f.shape[1]
+            self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5 / f.float().mean().cpu())
+            head = nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)
             self.heads.append(nn.Sequential(*head))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -323,7 +323,7 @@ def gan(device="cpu", precision=torch.float32, **changes):
     args = cyclegan.parse_args(["train", "x", "y"])
     vars(args).update({"blocks": 1, "width": 4} | changes)
     torch.manual_seed(0)
-    return cyclegan.CycleGAN(args, device, precision)
+    return cyclegan.CycleGAN(args, device, precision, torch.rand(2, 2, 3, 32, 32, device=device))
 
 
 def losses_of_generators(**weights):
