@@ -10,6 +10,7 @@ import copy
 import csv
 import importlib.util
 import io
+import json
 import math
 import os
 import re
@@ -54,9 +55,9 @@ class VGG(nn.Module):
     """The feature maps φ_l of VGG-16 or VGG-19 (Simonyan & Zisserman 2015), frozen, up to the deepest layer asked for.
 
     `layers` are named relu1_1 … relu5_3 (relu5_4 in VGG-19), as in Johnson et al., for the feature maps after the ReLU;
-    Gatys et al. write conv1_1 … for them. `arch` is vgg16, vgg19, or auto: VGG-16, or the packaged VGG-19 where no
-    VGG-16 is to be had. `weights` are auto, or the path of a torchvision state dict. `pooling` is max, as trained, or
-    avg, as Gatys et al. use. `precision` torch.bfloat16 runs the network in it, by autocast. InputError if a layer is
+    Gatys et al. write conv1_1 … for them. `arch` is vgg16, vgg19, or auto: VGG-16, or the packaged VGG-19 if that
+    cannot be loaded. `weights` are auto, or the path of a torchvision state dict. `pooling` is max, as trained, or avg,
+    as Gatys et al. use. `precision` torch.bfloat16 runs the network in it, by autocast. InputError if a layer is
     unknown, or there are no weights that fit.
     """
 
@@ -134,8 +135,8 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
     """Correlate the feature maps: G_ij = 1/C Σ_k w_k F_ik F_jk, (B, C, H, W) → (B, C, C), in float32 or better.
 
     Each of the H·W positions k counts w_k = 1/(H·W). A mask T (1, 1, h, w) in [0, 1] makes it T_k² / Σ T²: this is the
-    guided Gram matrix of Gatys et al. 2017, Eq. 4. With G, Gatys' E_l (Eq. 4) is ¼ Σ (G − A)², and Johnson's Eq. 4 is
-    Σ (G − A)².
+    guided Gram matrix (Gatys et al. 2017, Eq. 4). The style losses are then ¼ Σ (G − A)² (Gatys et al. 2016, Eq. 4)
+    and Σ (G − A)² (Johnson et al., Eq. 4).
     """
     _, c, h, w = features.shape
     with torch.autocast(features.device.type, enabled=False):
@@ -144,6 +145,7 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
             T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
             f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
         # Of G = Fᵀ F, the gradient is F (g + gᵀ), as in Gatys Eq. 6: one product, where autograd would take two.
+        # Only first derivatives are right.
         G = f.detach().mT @ f
         if G.requires_grad:
             G.register_hook(lambda g: g + g.mT)
@@ -169,7 +171,7 @@ def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = (), 
 
 
 def check_memory(x: Tensor, bytes_a_pixel: int) -> None:
-    """Raise InputError if x is no batch of images (B, 3, H, W), or needs more memory than the machine has."""
+    """Raise InputError if x is no batch of images (B, 3, H, W), or more than fits at `bytes_a_pixel`, as measured."""
     check_images([x], batch=len(x) if isinstance(x, Tensor) else 1)
     memory, need = math.inf, bytes_a_pixel * x[:, 0].numel()
     if x.is_cuda:
@@ -201,9 +203,7 @@ def keep_color(image: Tensor, photo: Tensor) -> Tensor:
     return torch.einsum("cd,bdhw->bchw", YIQ.inverse().to(photo), yiq).clamp(0, 1)
 
 
-# ===========================================================================================================
-# Nothing below is in any of the papers: weight files, folders, training runs, the command line.
-# ===========================================================================================================
+# === Nothing below is in any of the papers: weight files, folders, training runs, the command line. ===
 
 # --- Files -------------------------------------------------------------------------------------------------
 
@@ -447,8 +447,7 @@ def transform_files(
         """Keep α, and a frame of a single colour: instance norm would turn black and white into the same grey."""
         flat = bool((image[:, :3] == image[:, :3, :1, :1]).all())
         made = torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
-        longer = args.image_size if shorter else None
-        return made if longer is None else resize(made, longer / max(made.shape[-2:]))
+        return resize(made, args.image_size / max(made.shape[-2:])) if shorter and args.image_size else made
 
     pairs, failed = plan_outputs(args.inputs, args.output, tag), 0
     for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
@@ -592,8 +591,7 @@ def go_on(args: Namespace, architecture: dict[str, Any]) -> None:
 
 def plain(args: Namespace) -> dict[str, Any]:
     """Return the arguments as a checkpoint can hold them: paths as text."""
-    lists = {name: [*map(str, value)] for name, value in vars(args).items() if isinstance(value, list)}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()} | lists
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 @contextmanager
@@ -638,9 +636,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        x = torch.zeros(1, device=name)
-        x.tolist()  # the device `meta` has no values
-        return x.device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name} is not there: choose auto, cpu, cuda, cuda:1, … or mps") from error
 
@@ -748,7 +744,7 @@ class Crops(Dataset):
         """Cut item i of a domain out of its picture."""
         files, n, size = self.domains[domain], len(self.domains), self.crop_size
         epoch, position = divmod(i, len(files))
-        random = torch.Generator().manual_seed(1_000_003 * self.seed + n * epoch + domain)  # its low 32 bits are used
+        random = torch.Generator().manual_seed(1_000_003 * self.seed + n * epoch + domain)  # torch uses its low 32 bits
         order = torch.randperm(len(files), generator=random).roll(-position)
         random.manual_seed(1_000_003 * self.seed + 2**31 + n * i + domain)
         for path in (files[k] for k in order):
@@ -803,7 +799,9 @@ class Training:
         """Yield each batch that is left, on the device; `log` ends the step."""
         size, workers, cuda = self.args.batch_size, self.args.workers, self.device.type == "cuda"
         items: Any = range(self.step * size, self.steps * size)
-        loader = DataLoader(data, size, False, items, None, workers, pin_memory=cuda, worker_init_fn=_start_worker)
+        loader = DataLoader(
+            data, size, sampler=items, num_workers=workers, pin_memory=cuda, worker_init_fn=_start_worker
+        )
         print(f"training on {self.device} in {self.precision}", file=sys.stderr)
         signal.signal(signal.SIGINT, self._interrupt)
         with tqdm(total=self.steps, initial=self.step, unit="step") as self.bar:
@@ -845,11 +843,11 @@ class Training:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         progress = {"args": plain(self.args), "step": self.step, "history": self.history}
         save_checkpoint(self.record | progress | states, self.checkpoint)
-        save_losses(self.history, Path(str(self.checkpoint).replace("checkpoint.pth", "losses.csv")))
+        name = self.checkpoint.name.replace("checkpoint.pth", "losses.csv")
+        save_losses(self.history, self.checkpoint.with_name(name))
         self.sample(self.step)
 
 
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, and the other cores to the other workers."""
+    """Leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)

@@ -135,7 +135,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Average |a − b| in the networks' range -1 … 1, as the paper does: twice that of pictures in [0, 1]."""
+    """Average |a − b| in the networks' range -1 … 1, as the authors' code does: twice that of pictures in [0, 1]."""
     return 2 * (a - b).abs().mean()
 
 
@@ -143,17 +143,18 @@ def generator_losses(gan: CycleGAN, x: Tensor, y: Tensor) -> tuple[dict[str, Ten
     """Return what G and F minimise on x and y (B, 3, H, W), `total` and its terms before weighting; and G(x), F(y)."""
     G, F, lambda_cycle, lambda_identity = gan.G, gan.F, gan.args.lambda_cycle, gan.args.lambda_identity
     G_x, F_y = G(x), F(y)
-    # §3.1, Eq. 1, in the least-squares form of §4:  L_GAN(G, D_Y) = E_x (D_Y(G(x)) − 1)²   and the same for F, D_X
+    # §4, in place of Eq. 1's logarithms:  G minimises E_x (D_Y(G(x)) − 1)²,  F minimises E_y (D_X(F(y)) − 1)²
     gan_G, gan_F = (gan.D_Y(G_x) - 1).square().mean(), (gan.D_X(F_y) - 1).square().mean()
     # §3.2, Eq. 2:  L_cyc = E_x ‖F(G(x)) − x‖₁ + E_y ‖G(F(y)) − y‖₁   (means over the pixels)
     cycle = distance(F(G_x), x) + distance(G(F_y), y)
-    # §3.3, Eq. 3:  L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc
+    # §3.3, Eq. 3, what G and F minimise of L(G, F, D_X, D_Y):  both of these + λ L_cyc
     total = gan_G + gan_F + lambda_cycle * cycle
-    for name, made in {"E_X": F_y, "E_Y": G_x}.items() if gan.args.feature_discriminators else ():
-        total = total + (gan.discriminators[name](made) - 1).square().mean()  # Eq. 1 again, of feature maps
+    if gan.args.feature_discriminators:  # not in the paper: the same, of feature maps
+        E_X, E_Y = gan.discriminators["E_X"], gan.discriminators["E_Y"]
+        total = total + (E_Y(G_x) - 1).square().mean() + (E_X(F_y) - 1).square().mean()
     identity = torch.zeros_like(total)
     if lambda_identity:
-        # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁,   weighted by 0.5 λ
+        # §5.2:  L_identity = E_y ‖G(y) − y‖₁ + E_x ‖F(x) − x‖₁   (weighted by 0.5 λ, §7.1)
         # The paper has it for paintings → photos (§5.2) and for flowers (§7.1) only. Here it is on by default.
         identity = distance(G(y), y) + distance(F(x), x)
         total = total + lambda_identity * lambda_cycle * identity
@@ -210,16 +211,16 @@ class CycleGAN:
         self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32, real: Sequence[Tensor] = ()
     ) -> None:
         self.args, self.precision = args, precision
-        G, F = (Generator(args.blocks, args.width, args.upsample == "transposed") for _ in "GF")
-        networks = {"G": G, "F": F}
-        if args.start_from:
-            networks = load_networks(args.start_from)
-            common.go_on(args, networks["G"].architecture)
-        networks = {"D_X": PatchDiscriminator(args.width), "D_Y": PatchDiscriminator(args.width)} | networks
+        loaded = load_networks(args.start_from) if args.start_from else {}
+        if loaded:  # which decides the sizes of the others
+            common.go_on(args, loaded["G"].architecture)
+        networks = {name: Generator(args.blocks, args.width, args.upsample == "transposed") for name in "GF"}
+        networks |= {name: PatchDiscriminator(args.width) for name in ("D_X", "D_Y")} | loaded
         self.G, self.F, self.D_X, self.D_Y = (networks[name].to(device).train() for name in ("G", "F", "D_X", "D_Y"))
         # Samples and exported models have the averages of G and F over about the last tenth of the steps, 1000 at most:
-        # w_ema ← d · w_ema + (1 − d) · w  with d = min(ema, (1 + n)/(10 + n)) after n steps. The paper has no such.
-        self.G_ema, self.F_ema = (AveragedModel(network, avg_fn=self.average) for network in (self.G, self.F))
+        # w_ema ← d · w_ema + (1 − d) · w  with d = min(ema, (1 + n)/(10 + n)) after n steps. The paper has none.
+        average = lambda w_ema, w, n: torch.lerp(w, w_ema, ((1 + n) / (10 + n)).clamp(max=args.ema))  # noqa: E731
+        self.G_ema, self.F_ema = (AveragedModel(network, avg_fn=average) for network in (self.G, self.F))
         self.discriminators = nn.ModuleDict({"D_X": self.D_X, "D_Y": self.D_Y})
         if args.feature_discriminators:
             vgg = common.VGG(["relu2_2", "relu3_3", "relu4_3"], "vgg19", precision=precision).to(device)
@@ -230,13 +231,10 @@ class CycleGAN:
         self.optimizer_D = torch.optim.Adam(self.discriminators.parameters(), args.lr, betas)
         self.pool_X, self.pool_Y = (ImagePool(args.pool_size, 1000 * args.seed + k) for k in range(2))
 
-    def average(self, w_ema: Tensor, w: Tensor, n: Tensor) -> Tensor:
-        """Move the average of a weight towards its value after one more step."""
-        return torch.lerp(w, w_ema, ((1 + n) / (10 + n)).clamp(max=self.args.ema))
-
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Change the networks a little on x and y (B, 3, H, W) in [0, 1]; return the losses before."""
-        # §3.3, Eq. 4:  G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y),   in turns: first G and F …
+        # §3.3, Eq. 4:  G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y),   in turns (with
+        # the squares of §4, both minimise): first G and F …
         self.discriminators.requires_grad_(False)
         with autocast(x.device, self.precision):
             losses, G_x, F_y = generator_losses(self, x, y)
@@ -255,11 +253,6 @@ class CycleGAN:
         sum(losses[name] for name in self.discriminators).backward()
         self.optimizer_D.step()
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def set_lr(self, lr: float) -> None:
-        """Let both optimisers go on with another learning rate."""
-        for group in self.optimizer_G.param_groups + self.optimizer_D.param_groups:
-            group["lr"], group["betas"] = lr, (self.args.beta1, 0.999)  # a checkpoint brings those of before
 
 
 def train(args: Namespace, command: Sequence[str]) -> None:
@@ -286,7 +279,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     for x, y in run.batches(common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=True)):
         epoch = run.step / epoch_steps
         lr = args.lr * common.lr_factor(epoch, args.epochs, args.decay_epochs)
-        gan.set_lr(lr)
+        for group in gan.optimizer_G.param_groups + gan.optimizer_D.param_groups:
+            group.update(lr=lr, betas=(args.beta1, 0.999))  # a checkpoint brings the betas of before
         run.log({"epoch": int(epoch) + 1, "lr": lr} | gan.step(x, y))
     print(outputs_of(args)[0])
 
@@ -303,14 +297,11 @@ def translate(network: Generator, x: Tensor, precision: str = "auto", exact: boo
     # Multiples of 4; and 8 at least, as the residual blocks need 2 px at a quarter of the size.
     right, below = (max(8, math.ceil(side / 4) * 4) - side for side in (width, height))
     padded = nnf.pad(x, (0, right, 0, below), mode="reflect")
-    with torch.inference_mode(), autocast(x.device, common.pick_precision(precision, x.device, exact)):
-        y = network(padded)
-    return y[..., :height, :width].clone()  # a tensor like any other, which inference mode does not give
+    with torch.no_grad(), autocast(x.device, common.pick_precision(precision, x.device, exact)):
+        return network(padded)[..., :height, :width]
 
 
-# ===========================================================================================================
-# Nothing below is in the paper: data, samples, files, the command line.
-# ===========================================================================================================
+# === Nothing below is in the paper: data, samples, files, the command line. ===
 
 SERVER = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
 DATASETS = ("horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "cezanne2photo", "ukiyoe2photo")
@@ -320,7 +311,7 @@ model_file = partial(common.model_file, known=["horse2zebra"])  # trained as doc
 
 
 class FeatureDiscriminator(nn.Module):
-    """Judge pictures by feature maps of VGG, which knows a horse from a tree already. The paper has no such.
+    """Judge pictures by feature maps of VGG, which knows a horse from a tree already. The paper has none.
 
     It is a small one of Projected GANs (Sauer et al. 2021): what it sees of a layer are fixed random mixes of all maps.
     """
@@ -349,6 +340,8 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     InputError if the server cannot be reached, or the archive is cut short or damaged.
     """
     target, url = folder / name, f"{SERVER}/{name}.zip"
+    if name not in DATASETS:
+        raise InputError(f"no such folder: {name}; name two folders, or a set: {', '.join(DATASETS)}")
     if target.is_dir():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -376,11 +369,7 @@ def domains(data: Sequence[str], size: int, device: torch.device | str = "cpu") 
         raise InputError(f"{len(data)} folders given: name two, or one set")
     pairs: list[tuple[Path, Path | None]] = [(Path(part), None) for part in data]
     if len(data) == 1:
-        root = Path(data[0])
-        if not root.is_dir():
-            if data[0] not in DATASETS:
-                raise InputError(f"no such folder: {root}; name two folders, or a set: {', '.join(DATASETS)}")
-            root = download(data[0])
+        root = Path(data[0]) if Path(data[0]).is_dir() else download(data[0])
         pairs = [(root / "trainA", root / "testA"), (root / "trainB", root / "testB")]
     result = []
     for folder, test in pairs:
@@ -398,25 +387,19 @@ def outputs_of(args: Namespace) -> list[Path]:
     return [args.output / "checkpoint.pth", *([args.export] if args.export else [])]
 
 
+@torch.no_grad()
 def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict, history: list) -> None:
     """Write the epoch's sheet of the test pictures x and y, and what is to be exported; print warnings."""
-    sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
-    common.save_sheet(sample_columns(gan, x, y), sheet, {"command": record["command"]})
+    G, F = gan.G_ema, gan.F_ema
+    with autocast(x.device, gan.precision):
+        columns = {"x": x, "G(x)": G(x), "F(G(x))": F(G(x)), "F(x)": F(x)}
+        columns |= {"y": y, "F(y)": F(y), "G(F(y))": G(F(y)), "G(y)": G(y)}
+    common.save_sheet(columns, gan.args.output / f"epoch_{epoch:03d}.jpg", {"command": record["command"]})
     if gan.args.export:
         G, F = ({n: v.half() for n, v in net.module.state_dict().items()} for net in (gan.G_ema, gan.F_ema))
         common.save_checkpoint(record | {"G": G, "F": F}, gan.args.export)
     for warning in diagnose(gan, x, y, history):
         print("warning:", warning, file=sys.stderr)
-
-
-@torch.no_grad()
-def sample_columns(gan: CycleGAN, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Show what the generators make of test pictures x and y, under the names of the paper."""
-    G, F = gan.G_ema, gan.F_ema
-    with autocast(x.device, gan.precision):
-        G_x, F_y = G(x), F(y)
-        there = {"x": x, "G(x)": G_x, "F(G(x))": F(G_x), "F(x)": F(x)}
-        return there | {"y": y, "F(y)": F_y, "G(F(y))": G(F_y), "G(y)": G(y)}
 
 
 @torch.no_grad()
@@ -502,9 +485,9 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
     common.transform_files(args, args.direction, transform, metadata, shorter)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str]) -> Namespace:
     """Read the command line; InputError on a mistake."""
-    argv, number = sys.argv[1:] if argv is None else argv, common.number
+    number = common.number
     parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -547,13 +530,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--direction", choices=["x2y", "y2x"], default="x2y", help=direction)
     common.add_device_arguments(sub)
     args = common.parse_args(parser, argv, outputs_of)
-    if args.command == "train":
-        complete_sizes(args)
-    return args
-
-
-def complete_sizes(args: Namespace) -> None:
-    """Set the sizes that follow from --crop-size; InputError if the numbers do not fit each other."""
+    if args.command == "translate":
+        return args
     args.load_size = args.load_size or round(args.crop_size * 286 / 256)
     args.blocks = args.blocks or (6 if args.crop_size <= 128 else 9)
     if args.load_size < args.crop_size:
@@ -564,6 +542,7 @@ def complete_sizes(args: Namespace) -> None:
         raise InputError("nothing to do: choose --epochs or --decay-epochs above 0")
     if args.export and args.export.suffix.lower() not in (".pth", ".pt"):
         raise InputError(f"cannot write {args.export}: its suffix must be .pth or .pt")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,8 +3,8 @@
     L. A. Gatys, A. S. Ecker, M. Bethge: "Image Style Transfer Using Convolutional Neural Networks", CVPR 2016.
 
 The feature maps of a network trained to recognise objects say what is in a picture. The correlations between them,
-which forget where things are, say how it is painted. Start from the content photo and change its pixels, by gradient
-descent through the network, until its feature maps match the photo's and its correlations match the painting's.
+which forget where things are, say how it is painted. Start from a picture and change its pixels, by gradient descent
+through the network, until its feature maps match the photo's and its correlations match the painting's.
 
     python gatys.py content.jpg style.jpg                                     # style transfer
     python gatys.py content.jpg style.jpg --content-weight 0 --init noise     # texture synthesis
@@ -66,6 +66,7 @@ class Objective:
     """The losses of x at one scale. It holds what x is compared with: P of the photo, and A of each painting.
 
     Eq. 1 and 3 are sums over positions. So a picture that is too large for the memory can be measured tile by tile.
+    Without --tile-size there is one tile, the whole picture: read `portion` as 1, and `part` as its first argument.
     """
 
     def __init__(self, vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> None:
@@ -83,16 +84,13 @@ class Objective:
 
     def measure(self, x: Tensor, tile: Tile) -> list[Tensor]:
         """Return what a tile adds to L_content, to what is protected, and to the Gram matrices of each style."""
-        F, P, sums = tile_maps(self.vgg, x, tile), self.P[tile], []
-        for layers in (dict.fromkeys(self.args.content_layers), self.keep):
-            losses = [
-                content_loss(F[layer], P[layer], part(T, tile, layer)) * portion(x, tile, layer)
-                for layer, T in layers.items()
-            ]
-            sums.append(sum(losses, x.new_zeros(())) / max(1, len(losses)))
-        for layer, T in [(layer, masks[layer]) for _, masks, _ in self.styles for layer in self.args.style_layers]:
-            sums.append(gram_matrix(F[layer], part(T, tile, layer)) * portion(x, tile, layer, T))
-        return sums
+        F, P, share = tile_maps(self.vgg, x, tile), self.P[tile], partial(portion, x, tile)
+        content = [content_loss(F[layer], P[layer]) * share(layer) for layer in self.args.content_layers]
+        kept = [content_loss(F[layer], P[layer], part(T, tile, layer)) * share(layer) for layer, T in self.keep.items()]
+        L_content, L_protected = (sum(losses, x.new_zeros(())) / max(1, len(losses)) for losses in (content, kept))
+        masks = [(layer, T[layer]) for _, T, _ in self.styles for layer in self.args.style_layers]
+        G = [gram_matrix(F[layer], part(T, tile, layer)) * share(layer, T) for layer, T in masks]
+        return [L_content, L_protected, *G]
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Return the `total` loss of x (1, 3, H, W), and its terms `content`, `style`, … before weighting."""
@@ -106,7 +104,7 @@ class Objective:
                 L_style = L_style + share * w_l * style_loss(G.pop(0), A[layer])
         if args.tv_weight:
             L_tv = common.total_variation(x)
-        # Gatys Eq. 7:  L_total = α L_content + β L_style   (and two terms that the paper has not)
+        # Gatys Eq. 7:  L_total = α L_content + β L_style   (and two terms that are not in the paper)
         alpha, beta = args.content_weight, args.style_weight
         L_total = alpha * L_content + beta * L_style + args.tv_weight * L_tv + args.protect_weight * L_protected
         losses = {"total": L_total, "content": L_content, "style": L_style, "variation": L_tv}
@@ -128,9 +126,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], args: Namespace) -> Iterato
             # The paper (§2) rescales each filter, over many images. Here it is each layer, over the pictures at hand:
             # some filters are silent in all of them, and no factor brings their mean activation to 1.
             images = paintings if vgg.layers == args.style_layers else [photo, *paintings]
-            sides = [image.shape[-2:] for image in images]  # 1024 px are enough; 16 are what the network needs
-            factors = [min(1.0, max(1024 / max(side), 16 / min(side))) for side in sides]
-            vgg = rescale(vgg, list(map(resize, images, factors)))
+            vgg = rescale(vgg, [resize(image, min(1.0, 1024 / max(image.shape))) for image in images])
             x = start(photo, styles, args)
         else:
             x = nnf.interpolate(x, [side - 2 * MARGIN for side in photo.shape[-2:]], mode="bicubic").clamp(0, 1)
@@ -179,7 +175,9 @@ def optimize(x: Tensor, objective: Callable[[Tensor], dict], num_steps: int, arg
     method: torch.optim.Optimizer = torch.optim.Adam([z], args.lr / unit)
     n = calls = args.lbfgs_iters
     if args.optimizer == "lbfgs":  # which does all iterations of a step in one call
-        method, calls = torch.optim.LBFGS([z], args.lr, n, 2 * n, 0, 0, history_size=5 if args.tile_size else 20), 1
+        limits = {"max_iter": n, "max_eval": 2 * n, "tolerance_grad": 0, "tolerance_change": 0}
+        method = torch.optim.LBFGS([z], args.lr, **limits, history_size=5 if args.tile_size else 20)
+        calls = 1
 
     def closure() -> Tensor:
         nonlocal x, losses, gain
@@ -212,9 +210,7 @@ def smooth(z: Tensor, damping: float) -> Tensor:
     return torch.fft.irfft2(gains * torch.fft.rfft2(z), s=z.shape[-2:])
 
 
-# ===========================================================================================================
-# Nothing below is in the paper: scales, masks and colours (Gatys et al. 2017), files, the command line.
-# ===========================================================================================================
+# === Nothing below is in the paper: scales, masks and colours (Gatys et al. 2017), files, the command line. ===
 
 
 load_vgg = lru_cache(maxsize=1)(lambda device, *options: VGG(*options).to(device))  # once for many photos
@@ -264,7 +260,7 @@ def tile_maps(vgg: VGG, image: Tensor, tile: Tile, layers: Sequence[str] | None 
 
 
 def grid(image: Tensor, layer: str) -> Tensor:
-    """Take a pixel of an image (1, C, H, W) for every position that a layer's maps have."""
+    """Take every k-th pixel of an image (1, C, H, W): as many as a layer's maps have positions."""
     k = 2 ** (int(layer[4]) - 1)
     return image[..., k - 1 :: k, k - 1 :: k]
 
@@ -373,7 +369,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--content-layers", nargs="+", default=CONTENT_LAYERS, metavar="LAYER", help="layers of the content loss")
     layers = "layers of the style loss, of relu1_1 … relu5_4"
     add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help=layers)
-    add("--style-layer-weights", nargs="+", type=number(), metavar="W", help="w_l of Eq. 5; the paper's are 0.2 each")
+    add(
+        "--style-layer-weights",
+        nargs="+",
+        type=number(),
+        metavar="W",
+        help="w_l (default: 0.2 0.45 0.2 1 0.02; the paper: 0.2 each)",
+    )
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="share of each style (default: equal ones)")
     add("--pooling", choices=["avg", "max"], default="avg", help="of VGG; the paper's is avg")
     add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="auto: vgg16 if it can be had, else vgg19")
@@ -504,9 +506,10 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     paintings = [next(common.load_frames(path, style_size, crop))[0] for path in args.styles]
     args.style_masks = [load_mask(path, crop) for path in args.style_masks]
     args.painting_masks = [path and load_mask(path, crop) for path in args.painting_masks]
-    for i, alpha in ((i, painting[:, 3:]) for i, painting in enumerate(paintings) if painting.shape[1] == 4):
-        mask = args.painting_masks[i]
-        args.painting_masks[i] = alpha if mask is None else alpha * fit(mask, alpha)
+    for i, painting in enumerate(paintings):
+        if painting.shape[1] == 4:  # what is transparent has no style
+            alpha, mask = painting[:, 3:], args.painting_masks[i]
+            args.painting_masks[i] = alpha if mask is None else alpha * fit(mask, alpha)
     args.protect = args.protect if args.protect in (None, "faces") else load_mask(Path(args.protect), crop)
     args.init = args.init if args.init in STARTS else load_image(args.init, None, crop)
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)

@@ -2,8 +2,8 @@
 
     J. Johnson, A. Alahi, L. Fei-Fei: "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", ECCV 2016.
 
-Gatys et al. change the pixels of one picture until a fixed loss network likes it. Here a second network learns to do
-that in one pass. It is trained on many photos, so that the same kind of loss becomes small for all of them.
+Gatys et al. change the pixels of one picture until its losses in a fixed network are small. Here a second network
+learns to do that in one pass. It is trained on many photos, so that the same kind of loss becomes small for all.
 
     python johnson.py stylize photo.jpg --model wave
     python johnson.py train --style style.jpg --data photos/ -o style.pth
@@ -34,9 +34,10 @@ from common import VGG, InputError, autocast, gram_matrix, keep_color, load_imag
 
 
 class Convolution(nn.Module):
-    """Convolve, after reflection padding, and after an upsampling where the paper has stride 1/2.
+    """Convolve (B, C, H, W), after padding it: `pad` is reflect, zeros or none.
 
-    Neither is the paper's: its transposed convolution leaves a checkerboard (Odena, Dumoulin, Olah 2016).
+    Where the paper has stride 1/2, `upsample` is nearest, or transposed, the paper's, which leaves a checkerboard
+    (Odena, Dumoulin, Olah 2016).
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Convolution(nn.Module):
             self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride, margin if pad == "zeros" else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # on a CPU, it would copy x to float32 for these two
+        with torch.autocast(x.device.type, enabled=False):  # on a CPU, it would pad in float32
             if self.upsample:
                 x = nnf.interpolate(x, scale_factor=2, mode="nearest")
             x = reflect(x, self.margin)
@@ -201,8 +202,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     torch.manual_seed(args.seed)
     f_W = TransformNet(args.norm, args.upsample, args.padding)
-    for path in args.start_from:  # at most one
-        f_W = load_network(path)
+    if args.start_from:
+        f_W = load_network(args.start_from[0])
         common.go_on(args, f_W.architecture)
     f_W.to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
@@ -228,11 +229,11 @@ MARGIN = 8  # px that are added to each side of a picture before stylising it, a
 
 @torch.no_grad()
 def stylize(
-    f_W: TransformNet, x: Tensor, strength: float = 1.0, precision: str = "auto", preserve_color: str | None = None
+    f_W: TransformNet, x: Tensor, strength: float = 1.0, precision: str = "auto", preserve_color: bool = False
 ) -> Tensor:
     """Stylise (B, 3, H, W) in [0, 1]; `strength` blends from the input (0) to the network's output (1).
 
-    With `preserve_color` it keeps the input's colours. VGG's zero padding teaches networks to paint a faint
+    With `preserve_color` it keeps the input's I and Q of YIQ. VGG's zero padding teaches networks to paint a faint
     frame: a margin takes it. Models of pytorch/examples have none, and `auto` is float32: their pixels are as there.
     """
     common.check_memory(x, 300)
@@ -243,9 +244,7 @@ def stylize(
     return torch.lerp(x, keep_color(y_hat, x) if preserve_color else y_hat, strength)
 
 
-# ===========================================================================================================
-# Nothing below is in the paper: large pictures, files, the command line.
-# ===========================================================================================================
+# === Nothing below is in the paper: large pictures, files, the command line. ===
 
 STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this, trained as docs/johnson.md says
 model_file = partial(common.model_file, known=STYLES)
@@ -313,14 +312,14 @@ def stylize_files(args: Namespace, command: Sequence[str]) -> None:
     print(f"computing on {device} in {precision}", file=sys.stderr)
 
     def transform(image: Tensor) -> Tensor:
-        return stylize(network, image.to(device), args.strength, args.precision, args.preserve_color)
+        return stylize(network, image.to(device), args.strength, args.precision, args.preserve_color is not None)
 
     common.transform_files(args, args.model.stem, transform, common.provenance(command, model=args.model.name))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str]) -> Namespace:
     """Read the command line; InputError on a mistake."""
-    argv, number = sys.argv[1:] if argv is None else argv, common.number
+    number = common.number
     parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("stylize", help="stylise pictures", usage="%(prog)s input [input ...] [flags]")

@@ -1,6 +1,7 @@
 """The equations of the three papers, written out the slow way: loops in float64, each beside the paper's formula.
 
-Read it with the papers. `pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson` those of one paper.
+Read it with the papers. `pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson_eq` those of one paper.
+The weights `random` are made in conftest.py.
 """
 
 import copy
@@ -115,9 +116,13 @@ def test_gatys_eq_2_gradient_of_the_content_loss():
 
 
 def test_gatys_eq_3_gram_matrix():
-    """G_ij = Σ_k F_ik F_jk, which the script divides by N·M; in float32 or better, whatever its input is."""
-    F, half = draw(1, N, H, W, seed=2), pictures(1, 8, 64, 64).bfloat16()
+    """G_ij = Σ_k F_ik F_jk, which the script divides by N·M."""
+    F = draw(1, N, H, W, seed=2)
     close(gram_matrix(F)[0], gram_by_loops(F) / (N * M))
+
+
+def test_losses_are_in_float32_or_better_whatever_the_maps_are():
+    half = pictures(1, 8, 64, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         close(gram_matrix(half), gram_matrix(half.double()).float(), rtol=1e-5, atol=0)
     assert {script.content_loss(half, half).dtype for script in (gatys, johnson)} == {torch.float32}
@@ -359,7 +364,7 @@ def test_cyclegan_section_5_2_identity_loss():
 
 
 def test_cyclegan_eq_3_full_objective():
-    """L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc(G, F), and 0.5 λ L_identity (§5.2); λ = 10 (§4)"""
+    """L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc(G, F), and 0.5 λ L_identity (§5.2, §7.1); λ = 10 (§4)"""
     for weights in ({}, {"lambda_cycle": 7.0, "lambda_identity": 0.2}, {"lambda_cycle": 3.0, "lambda_identity": 0.0}):
         lambda_cycle, lambda_identity = weights.values() or (10, 0.5)
         losses = losses_of_generators(**weights)
