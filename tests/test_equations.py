@@ -1,6 +1,6 @@
 """The equations of the three papers, written out the slow way: loops in float64, each beside the paper's formula.
 
-Read it with the papers. `pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson_eq` those of one paper.
+Read it with the papers. `pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson_eq` those of a paper.
 The weights `random` are made in conftest.py.
 """
 
