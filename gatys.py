@@ -490,9 +490,24 @@ def find_faces(image: Tensor) -> Tensor:
     return mask
 
 
+def load_inputs(args: Namespace) -> list[Tensor]:
+    """Read the paintings, each (1, 3, h, w), and in `args` the masks and the start, in place of their files' names."""
+    size, crop = max(1, round(args.image_size * args.style_scale)), args.center_crop
+    paintings = [next(common.load_frames(path, size, crop))[0] for path in args.styles]
+    args.style_masks = [load_mask(path, crop) for path in args.style_masks]
+    args.painting_masks = [path and load_mask(path, crop) for path in args.painting_masks]
+    for i, painting in enumerate(paintings):
+        if painting.shape[1] == 4:  # what is transparent has no style
+            alpha, mask = painting[:, 3:], args.painting_masks[i]
+            args.painting_masks[i] = alpha if mask is None else alpha * fit(mask, alpha)
+    args.protect = args.protect if args.protect in (None, "faces") else load_mask(Path(args.protect), crop)
+    args.init = args.init if args.init in STARTS else load_image(args.init, None, crop)
+    return [painting[:, :3] for painting in paintings]
+
+
 def run(args: Namespace, command: Sequence[str]) -> None:
     """Paint the photo, or all of a folder: one that fails is passed over then, and the exit status is 1 in the end."""
-    pairs, crop, failed = [(args.content, args.output)], args.center_crop, 0
+    pairs, failed = [(args.content, args.output)], 0
     if args.content.is_dir():
         planned = common.plan_outputs([args.content], args.output, "")
         pairs = [(photo, to.with_suffix(".png") if to.suffix == ".gif" else to) for photo, to in planned]
@@ -502,16 +517,7 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     taken = [Path(file) for file in files if file not in (None, "faces", *STARTS)]
     saved = {".gif": args.save_gif, "_frames": args.save_all}
     saved |= {"_losses.csv": args.save_losses, "_losses.png": args.save_losses}
-    device, style_size = common.pick_device(args.device), max(1, round(args.image_size * args.style_scale))
-    paintings = [next(common.load_frames(path, style_size, crop))[0] for path in args.styles]
-    args.style_masks = [load_mask(path, crop) for path in args.style_masks]
-    args.painting_masks = [path and load_mask(path, crop) for path in args.painting_masks]
-    for i, painting in enumerate(paintings):
-        if painting.shape[1] == 4:  # what is transparent has no style
-            alpha, mask = painting[:, 3:], args.painting_masks[i]
-            args.painting_masks[i] = alpha if mask is None else alpha * fit(mask, alpha)
-    args.protect = args.protect if args.protect in (None, "faces") else load_mask(Path(args.protect), crop)
-    args.init = args.init if args.init in STARTS else load_image(args.init, None, crop)
+    device, paintings = common.pick_device(args.device), load_inputs(args)
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
     for number, (photo, output) in enumerate(pairs, 1):
         extras = {end: Path(f"{output.parent / output.stem}{end}") for end, wanted in saved.items() if wanted}
@@ -519,10 +525,10 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         try:
             common.check_outputs([output, *extras.values()], [photo, *taken], common.FORMATS)
             taken += [output, *extras.values()]
-            image, _ = next(common.load_frames(photo, args.image_size, crop))
+            image, _ = next(common.load_frames(photo, args.image_size, args.center_crop))
             content, one["alpha"] = image[:, :3].to(device), image[:, 3:] if image.shape[1] == 4 else None
             one["protect"] = find_faces(content) if args.protect == "faces" else args.protect
-            styles = [painting[:, :3].to(device) for painting in paintings]
+            styles = [painting.to(device) for painting in paintings]
             paint_file(content, styles, Namespace(**vars(args) | one), extras, command)
         except (InputError, OSError) as error:
             if len(pairs) == 1 or isinstance(error.__cause__, ImportError):  # there is no detector of faces
