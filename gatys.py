@@ -369,13 +369,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--content-layers", nargs="+", default=CONTENT_LAYERS, metavar="LAYER", help="layers of the content loss")
     layers = "layers of the style loss, of relu1_1 … relu5_4"
     add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help=layers)
-    add(
-        "--style-layer-weights",
-        nargs="+",
-        type=number(),
-        metavar="W",
-        help="w_l (default: 0.2 0.45 0.2 1 0.02; the paper: 0.2 each)",
-    )
+    weights = f"w_l of Eq. 5 (default: {' '.join(map(str, STYLE_LAYER_WEIGHTS))}; the paper: 0.2 each)"
+    add("--style-layer-weights", nargs="+", type=number(), metavar="W", help=weights)
     add("--style-blend", nargs="+", type=number(), metavar="SHARE", help="share of each style (default: equal ones)")
     add("--pooling", choices=["avg", "max"], default="avg", help="of VGG; the paper's is avg")
     add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="auto: vgg16 if it can be had, else vgg19")
