@@ -263,7 +263,8 @@ def load_frames(
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        advice = ADVICE.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
+        usual = "name one picture: it is a folder" if Path(path).is_dir() else "is it there, an image, and whole?"
+        advice = ADVICE.get(Path(path).suffix.lower(), usual)
         raise InputError(f"cannot read {path} as an image ({type(error).__name__}): {advice}") from error
 
 
@@ -434,29 +435,12 @@ def is_animation(path: Path) -> bool:
     return False
 
 
-def transform_files(
-    args: Namespace, tag: str, transform: Callable[[Tensor], Tensor], metadata: dict, shorter: int | None = None
-) -> None:
-    """Write `transform` of all args.inputs. Of several, one that fails is passed over, and the exit status is 1.
-
-    They are loaded at args.image_size; or at a `shorter` side of so many px, and the results are scaled to it.
-    """
-    size = None if shorter else args.image_size
-
-    def result(image: Tensor) -> Tensor:
-        """Keep α, and a frame of a single colour: instance norm would turn black and white into the same grey."""
-        flat = bool((image[:, :3] == image[:, :3, :1, :1]).all())
-        made = torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
-        return resize(made, args.image_size / max(made.shape[-2:])) if shorter and args.image_size else made
-
-    pairs, failed = plan_outputs(args.inputs, args.output, tag), 0
-    for source, target in tqdm(pairs, unit="image", disable=len(pairs) == 1):
+def for_each(pairs: Sequence[tuple[Path, Path]], work: Callable[[Path, Path], None], **bar: Any) -> None:
+    """Do `work` for each pair of an input and its output. Of several, one that fails is passed over: exit status 1."""
+    failed = 0
+    for source, target in tqdm(pairs, **{"unit": "image", "disable": len(pairs) == 1} | bar):
         try:
-            frames = ((result(image), time) for image, time in load_frames(source, size, shorter=shorter))
-            if is_animation(source) and target.suffix.lower() in ANIMATIONS:
-                save_animation(frames, target)
-            else:
-                save_image(next(frames)[0], target, metadata)
+            work(source, target)
         except Exception as error:
             if len(pairs) == 1:
                 raise
@@ -467,7 +451,29 @@ def transform_files(
             with suppress(BrokenPipeError):  # nobody reads the names any more (`| head -1`): go on without
                 print(target, flush=True)
     if failed:
-        raise SystemExit(f"{failed} of {len(pairs)} files were passed over")
+        raise SystemExit(f"{failed} of {len(pairs)} files were passed over")  # which is status 1
+
+
+def transform_files(
+    args: Namespace, tag: str, transform: Callable[[Tensor], Tensor], metadata: dict, shorter: int | None = None
+) -> None:
+    """Write `transform` of all args.inputs, loaded at args.image_size; or at a `shorter` side, and then scaled."""
+    size = None if shorter else args.image_size
+
+    def result(image: Tensor) -> Tensor:
+        """Keep α, and a frame of a single colour: instance norm would turn black and white into the same grey."""
+        flat = bool((image[:, :3] == image[:, :3, :1, :1]).all())
+        made = torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
+        return resize(made, args.image_size / max(made.shape[-2:])) if shorter and args.image_size else made
+
+    def work(source: Path, target: Path) -> None:
+        frames = ((result(image), time) for image, time in load_frames(source, size, shorter=shorter))
+        if is_animation(source) and target.suffix.lower() in ANIMATIONS:
+            save_animation(frames, target)
+        else:
+            save_image(next(frames)[0], target, metadata)
+
+    for_each(plan_outputs(args.inputs, args.output, tag), work)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -759,7 +765,7 @@ class Crops(Dataset):
         raise InputError(f"none of the images in {files[0].parent} can be read")
 
 
-def lr_factor(step: int, constant: int, decay: int) -> float:
+def lr_factor(step: float, constant: int, decay: int) -> float:
     """Return 1 in the first `constant` steps, or epochs, counted from 0; then less, to reach 0 after `decay` more."""
     return 1.0 - max(0, step - constant) / max(1, decay)
 
@@ -797,16 +803,13 @@ class Training:
 
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
         """Yield each batch that is left, on the device; `log` ends the step."""
-        size, workers, cuda = self.args.batch_size, self.args.workers, self.device.type == "cuda"
-        items: Any = range(self.step * size, self.steps * size)
-        loader = DataLoader(
-            data, size, sampler=items, num_workers=workers, pin_memory=cuda, worker_init_fn=_start_worker
-        )
+        size, cuda = self.args.batch_size, self.device.type == "cuda"
+        options = {"num_workers": self.args.workers, "pin_memory": cuda, "worker_init_fn": _start_worker}
         print(f"training on {self.device} in {self.precision}", file=sys.stderr)
         signal.signal(signal.SIGINT, self._interrupt)
         with tqdm(total=self.steps, initial=self.step, unit="step") as self.bar:
             try:
-                for batch in loader:
+                for batch in DataLoader(data, size, sampler=range(self.step * size, self.steps * size), **options):
                     yield [x.to(self.device, non_blocking=True) for x in batch]
             finally:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -269,10 +269,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     gan = CycleGAN(args, device, precision, (x_test, y_test))
     parts = ("G", "F", "optimizer_G", "optimizer_D", "pool_X", "pool_Y", "G_ema", "F_ema")
     record = {"args": common.plain(args), "command": shlex.join(command)}
-
-    def sample(step: int) -> None:
-        save_samples(gan, x_test, y_test, math.ceil(step / epoch_steps), record | {"step": step}, run.history)
-
+    sample = partial(save_samples, gan, x_test, y_test, record, epoch_steps)
     changing = {name: getattr(gan, name) for name in parts} | dict(gan.discriminators.items())
     run = common.Training(args, device, precision, outputs_of(args)[0], steps, changing, sample, record, epoch_steps)
     # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
@@ -322,8 +319,7 @@ class FeatureDiscriminator(nn.Module):
         for f in vgg(real).values():  # scaled to a mean of 1 over all of `real`: a norm would hide a lack of contrast
             c = f.shape[1]
             self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5 / f.float().mean().cpu())
-            head = nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)
-            self.heads.append(nn.Sequential(*head))
+            self.heads.append(nn.Sequential(nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map pictures (B, 3, H, W) in [0, 1] to verdicts (B, 3, H/4, W/4), of each layer as large as of the first."""
@@ -335,10 +331,7 @@ class FeatureDiscriminator(nn.Module):
 
 
 def download(name: str, folder: Path = Path("data")) -> Path:
-    """Fetch and unpack the authors' archive `name`, unless it is there; return folder/name with trainA and trainB.
-
-    InputError if the server cannot be reached, or the archive is cut short or damaged.
-    """
+    """Fetch and unpack the authors' archive `name`, unless it is there; return its folder. InputError if that fails."""
     target, url = folder / name, f"{SERVER}/{name}.zip"
     if name not in DATASETS:
         raise InputError(f"no such folder: {name}; name two folders, or a set: {', '.join(DATASETS)}")
@@ -350,12 +343,11 @@ def download(name: str, folder: Path = Path("data")) -> Path:
             print(f"downloading {url}", file=sys.stderr)
             socket.setdefaulttimeout(common.DOWNLOAD_TIMEOUT)
             download_and_extract_archive(url, temporary)
+            _ = [Path(temporary, name, part).stat() for part in ("trainA", "trainB")]  # OSError if one is missing
+            Path(temporary, name).rename(target)
         except (OSError, RuntimeError, HTTPException, zipfile.BadZipFile, zlib.error, EOFError) as error:
             reason = f"cannot download {url} whole ({type(error).__name__}: {getattr(error, 'reason', error)})"
             raise InputError(f"{reason}: try again, or unpack it yourself, to {target}/trainA, trainB, …") from error
-        if not all((Path(temporary, name) / part).is_dir() for part in ("trainA", "trainB")):
-            raise InputError(f"{url} has no folders {name}/trainA and {name}/trainB")
-        Path(temporary, name).rename(target)
     return target
 
 
@@ -388,36 +380,22 @@ def outputs_of(args: Namespace) -> list[Path]:
 
 
 @torch.no_grad()
-def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, epoch: int, record: dict, history: list) -> None:
+def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, record: dict, epoch_steps: int, step: int) -> None:
     """Write the epoch's sheet of the test pictures x and y, and what is to be exported; print warnings."""
-    G, F = gan.G_ema, gan.F_ema
+    G, F, epoch = gan.G_ema, gan.F_ema, math.ceil(step / epoch_steps)
     with autocast(x.device, gan.precision):
         columns = {"x": x, "G(x)": G(x), "F(G(x))": F(G(x)), "F(x)": F(x)}
         columns |= {"y": y, "F(y)": F(y), "G(F(y))": G(F(y)), "G(y)": G(y)}
     common.save_sheet(columns, gan.args.output / f"epoch_{epoch:03d}.jpg", {"command": record["command"]})
     if gan.args.export:
         G, F = ({n: v.half() for n, v in net.module.state_dict().items()} for net in (gan.G_ema, gan.F_ema))
-        common.save_checkpoint(record | {"G": G, "F": F}, gan.args.export)
-    for warning in diagnose(gan, x, y, history):
-        print("warning:", warning, file=sys.stderr)
-
-
-@torch.no_grad()
-def diagnose(gan: CycleGAN, x: Tensor, y: Tensor, history: Sequence[dict[str, float]]) -> list[str]:
-    """Find what went wrong, from what the generators make of test pictures and the last 20 losses of D_X and D_Y."""
-    found = []
-    for name, net, image in (("G", gan.G_ema, x), ("F", gan.F_ema, y)):
-        made = net(image)
-        light, dark = (picture.mean(1).flatten() for picture in (image, made))
-        if distance(made, image) < 0.02:
-            found.append(f"{name} has become the identity: lower --lambda-identity, or --lambda-cycle")
-        elif torch.corrcoef(torch.stack([light, dark]))[0, 1] < -0.3:
-            found.append(f"{name} turns light into dark: start again with another --seed, or raise --lambda-identity")
-    for name in ("D_X", "D_Y"):
-        last = [losses[name] for losses in history[-20:]]
-        if len(last) == 20 and sum(last) / 20 < 0.01:
-            found.append(f"{name} tells all pictures apart, and teaches nothing any more: add pictures or lower --lr")
-    return found
+        common.save_checkpoint(record | {"step": step, "G": G, "F": F}, gan.args.export)
+    for name, before, after in (("G", x, columns["G(x)"]), ("F", y, columns["F(y)"])):
+        lightness = torch.stack([picture.mean(1).flatten() for picture in (before, after)])
+        if distance(before, after) < 0.02:
+            print(f"warning: {name} has become the identity: lower --lambda-identity, or -cycle", file=sys.stderr)
+        elif torch.corrcoef(lightness)[0, 1] < -0.3:
+            print(f"warning: {name} turns light into dark: raise --lambda-identity, or --seed anew", file=sys.stderr)
 
 
 def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Namespace]:
@@ -451,20 +429,14 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
 
 
 def load_networks(paths: Sequence[Path]) -> dict[str, nn.Module]:
-    """Read networks to train on: of a file that `train` has written, or G and F, one file each, of the authors' code.
-
-    A file without discriminators returns none.
-    """
+    """Read G and F to go on from, and D_X and D_Y if there are: a file of `train`, or two of the authors' code."""
     direction, state = "y2x" if len(paths) == 1 else "x2y", common.load_checkpoint(paths[0])
     networks: dict[str, nn.Module] = {"G": load_generator(paths[0])[0], "F": load_generator(paths[-1], direction)[0]}
     if len(paths) > 2 or (len(paths) == 2 and "G" in state):
         raise InputError("--start-from takes one file of this script, or two of the authors' code")
-    try:
-        for name in {"D_X", "D_Y"} & state.keys():
-            networks[name] = PatchDiscriminator(len(state[name]["model.0.weight"]))
-            networks[name].load_state_dict(state[name])
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise InputError(f"{paths[0]} has discriminators of another architecture") from error
+    for name in {"D_X", "D_Y"} & state.keys():
+        networks[name] = PatchDiscriminator(len(state[name]["model.0.weight"]))
+        networks[name].load_state_dict(state[name])
     return networks
 
 
@@ -477,12 +449,8 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
     shorter = facts.load_size  # of a horse four times as large it would make no zebra
     size = f", at a shorter side of {shorter} px" if shorter else ""
     print(f"computing on {device} in {precision}{size}", file=sys.stderr)
-
-    def transform(image: Tensor) -> Tensor:
-        return translate(network, image.to(device), args.precision, facts.authors)
-
-    metadata = common.provenance(command, model=args.model.name)
-    common.transform_files(args, args.direction, transform, metadata, shorter)
+    metadata, how = common.provenance(command, model=args.model.name), (args.precision, facts.authors)
+    common.transform_files(args, args.direction, lambda x: translate(network, x.to(device), *how), metadata, shorter)
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:

@@ -21,7 +21,6 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -212,7 +211,6 @@ def smooth(z: Tensor, damping: float) -> Tensor:
 
 # === Nothing below is in the paper: scales, masks and colours (Gatys et al. 2017), files, the command line. ===
 
-
 load_vgg = lru_cache(maxsize=1)(lambda device, *options: VGG(*options).to(device))  # once for many photos
 
 
@@ -227,8 +225,7 @@ def scale_steps(args: Namespace, content: Tensor) -> list[tuple[float, int]]:
     """Plan the scales from coarse to fine, …, ¼, ½, 1 (2017, §6), and the steps of each; one scale is the paper's."""
     coarser = max(0, math.floor(math.log2(max(content.shape[-2:]) / 192)))  # from 192 px or more
     coarser = coarser if args.init in STARTS else 0  # which would lose the details of a picture to continue from
-    scales = args.scales or 1 + coarser
-    return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(scales))]
+    return [(0.5**k, 2**k * args.num_steps) for k in reversed(range(args.scales or 1 + coarser))]
 
 
 OVERLAP = 80  # px around a tile: as far as relu5_1 sees. It is a multiple of 16, as is a tile, because of the pooling
@@ -501,38 +498,29 @@ def load_inputs(args: Namespace) -> list[Tensor]:
 
 
 def run(args: Namespace, command: Sequence[str]) -> None:
-    """Paint the photo, or all of a folder: one that fails is passed over then, and the exit status is 1 in the end."""
-    pairs, failed = [(args.content, args.output)], 0
-    if args.content.is_dir():
-        planned = common.plan_outputs([args.content], args.output, "")
-        pairs = [(photo, to.with_suffix(".png") if to.suffix == ".gif" else to) for photo, to in planned]
-    for path in filter(Path.is_dir, args.styles):
-        raise InputError(f"{path} is a folder: name its paintings one by one; a folder of photos is named first")
+    """Paint the photo, or all of a folder."""
+    planned = common.plan_outputs([args.content], args.output, "")
+    pairs = [(photo, to.with_suffix(".png") if to.suffix == ".gif" else to) for photo, to in planned]  # not animated
     files = (*args.styles, *args.style_masks, *args.painting_masks, args.protect, args.init)
     taken = [Path(file) for file in files if file not in (None, "faces", *STARTS)]
     saved = {".gif": args.save_gif, "_frames": args.save_all}
     saved |= {"_losses.csv": args.save_losses, "_losses.png": args.save_losses}
-    device, paintings = common.pick_device(args.device), load_inputs(args)
+    device = common.pick_device(args.device)
+    paintings = [painting.to(device) for painting in load_inputs(args)]
     print(f"computing on {device} in {common.pick_precision(args.precision, device)}", file=sys.stderr)
-    for number, (photo, output) in enumerate(pairs, 1):
-        extras = {end: Path(f"{output.parent / output.stem}{end}") for end, wanted in saved.items() if wanted}
-        one = {"output": output, "title": f"{number}/{len(pairs)} {photo.name}" if len(pairs) > 1 else None}
-        try:
-            common.check_outputs([output, *extras.values()], [photo, *taken], common.FORMATS)
-            taken += [output, *extras.values()]
-            image, _ = next(common.load_frames(photo, args.image_size, args.center_crop))
-            content, one["alpha"] = image[:, :3].to(device), image[:, 3:] if image.shape[1] == 4 else None
-            one["protect"] = find_faces(content) if args.protect == "faces" else args.protect
-            styles = [painting.to(device) for painting in paintings]
-            paint_file(content, styles, Namespace(**vars(args) | one), extras, command)
-        except (InputError, OSError) as error:
-            if len(pairs) == 1 or isinstance(error.__cause__, ImportError):  # there is no detector of faces
-                raise
-            network(device, args)  # its failure is that of every photo, and ends the run
-            print(f"warning: {photo}: {error}", file=sys.stderr)
-            failed += 1
-    if failed:
-        raise SystemExit(f"{failed} of {len(pairs)} photos were passed over")  # which is status 1
+
+    def work(photo: Path, output: Path) -> None:
+        outputs = {end: Path(f"{output.parent / output.stem}{end}") for end, wanted in saved.items() if wanted}
+        common.check_outputs([output, *outputs.values()], [photo, *taken], common.FORMATS)
+        taken.extend([output, *outputs.values()])
+        image, _ = next(common.load_frames(photo, args.image_size, args.center_crop))
+        content, alpha = image[:, :3].to(device), image[:, 3:] if image.shape[1] == 4 else None
+        protect = find_faces(content) if args.protect == "faces" else args.protect
+        one = {"output": output, "title": photo.name, "alpha": alpha, "protect": protect}
+        paint_file(content, paintings, Namespace(**vars(args) | one), outputs, command)
+
+    network(device, args)  # if there is none, no photo can be painted
+    common.for_each(pairs, work, disable=True)  # each photo has a bar of its own
 
 
 def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extras: dict, command: Sequence) -> None:
@@ -571,8 +559,6 @@ def paint_file(content: Tensor, styles: Sequence[Tensor], args: Namespace, extra
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {best_step} of {steps}", file=sys.stderr)
         raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped
-    with suppress(BrokenPipeError):  # nobody reads the names any more
-        print(args.output, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

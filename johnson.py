@@ -239,7 +239,7 @@ def stylize(
     common.check_memory(x, 300)
     height, width = x.shape[-2:]
     margin = 0 if f_W.linear else MARGIN
-    with torch.inference_mode(), autocast(x.device, common.pick_precision(precision, x.device, exact=f_W.linear)):
+    with autocast(x.device, common.pick_precision(precision, x.device, exact=f_W.linear)):
         y_hat = f_W(reflect(x, margin))[..., margin : margin + height, margin : margin + width]
     return torch.lerp(x, keep_color(y_hat, x) if preserve_color else y_hat, strength)
 
@@ -272,8 +272,7 @@ def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor
 
 def outputs_of(args: Namespace) -> list[Path]:
     """List the files that another training must not overwrite, the checkpoint first."""
-    checkpoint, samples = (args.output.parent / (args.output.stem + end) for end in (".checkpoint.pth", ".samples.jpg"))
-    return [checkpoint, args.output, samples]
+    return [args.output.with_suffix(end) for end in (".checkpoint.pth", args.output.suffix, ".samples.jpg")]
 
 
 @torch.no_grad()
@@ -310,11 +309,9 @@ def stylize_files(args: Namespace, command: Sequence[str]) -> None:
     network = load_network(args.model).to(device)
     precision = common.pick_precision(args.precision, device, exact=network.linear)
     print(f"computing on {device} in {precision}", file=sys.stderr)
-
-    def transform(image: Tensor) -> Tensor:
-        return stylize(network, image.to(device), args.strength, args.precision, args.preserve_color is not None)
-
-    common.transform_files(args, args.model.stem, transform, common.provenance(command, model=args.model.name))
+    options = args.strength, args.precision, args.preserve_color is not None
+    metadata = common.provenance(command, model=args.model.name)
+    common.transform_files(args, args.model.stem, lambda x: stylize(network, x.to(device), *options), metadata)
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:

@@ -186,7 +186,7 @@ def test_every_photo_of_a_folder_is_painted_as_it_is_alone(monkeypatch, capsys):
     monkeypatch.setattr(common, "_load_weights", lambda *names: made.append(names) or load(*names))
     gatys.load_vgg.cache_clear()
     monkeypatch.setattr(gatys, "find_faces", lambda content: content[:, :1])
-    with pytest.raises(SystemExit, match="1 of 3 photos"):
+    with pytest.raises(SystemExit, match="1 of 3"):
         run("gatys.py in style.png --save-gif --protect faces")
     assert (len(made), capsys.readouterr().err.count("warning: in/damaged.png: ")) == (1, 1)
     assert files("in_style") == ["a.gif", "a.png", "deep/b.gif", "deep/b.jpg"]
@@ -207,7 +207,7 @@ def test_a_mistake_that_is_that_of_every_photo_ends_the_run(fails):
 
 def test_files_that_make_no_sense_are_told_in_one_line(fails):
     save_noise("in/a.png", "in/a.jpg", "b.png")
-    cases = {"b.png in": "in is a folder", "in b.png -o in": "an input", "in b.png -o c.jpg": "name a folder"}
+    cases = {"b.png in": "is a folder", "in b.png -o in": "an input", "in b.png -o c.jpg": "name a folder"}
     cases |= {"b.png" + 5 * " b.png": "5 styles", "in b.png --init nose": "noise", "b.png b.png --init in": "no file"}
     for command, word in (cases | {"b.png b.png --init in/a.jpg -o in/a.jpg": "input"}).items():
         assert word in fails(f"gatys.py {command}")
