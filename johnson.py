@@ -272,7 +272,8 @@ def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor
 
 def outputs_of(args: Namespace) -> list[Path]:
     """List the files that another training must not overwrite, the checkpoint first."""
-    return [args.output.with_suffix(end) for end in (".checkpoint.pth", args.output.suffix, ".samples.jpg")]
+    checkpoint, samples = (args.output.parent / (args.output.stem + end) for end in (".checkpoint.pth", ".samples.jpg"))
+    return [checkpoint, args.output, samples]
 
 
 @torch.no_grad()
