@@ -78,9 +78,12 @@ def test_every_command_in_the_text_can_be_read(folder):
 
 
 def test_the_python_examples_work(folder):
-    paint, translate, export = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    paint, match, translate, export = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     exec(paint.replace("512", "40"), {})
     assert max(load_image("picture.png").shape) == 40
+    shutil.copy(cyclegan.model_file("horse2zebra"), "zebras.pth")
+    exec(match.replace("192", "32"), {})
+    assert cyclegan.load_generator(Path("horse2zebra.pth"))[1].load_size == 192
     exec(translate.replace("192", "32"), {})
     assert load_image("horse2zebra.jpg").shape == (1, 3, 4 * 32, 6 * 32)
     pytest.importorskip("onnxscript")
