@@ -263,8 +263,8 @@ def load_frames(
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        usual = "name one picture: it is a folder" if Path(path).is_dir() else "is it there, an image, and whole?"
-        advice = ADVICE.get(Path(path).suffix.lower(), usual)
+        top = isinstance(error, IsADirectoryError | PermissionError) and Path(path).is_dir()
+        advice = ADVICE.get(Path(path).suffix.lower(), "it is a folder" if top else "is it there, an image, and whole?")
         raise InputError(f"cannot read {path} as an image ({type(error).__name__}): {advice}") from error
 
 
