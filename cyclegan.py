@@ -319,10 +319,11 @@ class FeatureDiscriminator(nn.Module):
         for f in vgg(real).values():  # scaled to a mean of 1 over all of `real`: a norm would hide a lack of contrast
             c = f.shape[1]
             self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5 / f.float().mean().cpu())
-            self.heads.append(nn.Sequential(nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 3, 1, 1)))
+            layers = [nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 128, 4, 2, 1), nn.LeakyReLU(0.2)]
+            self.heads.append(nn.Sequential(*layers, nn.Conv2d(128, 1, 3, 1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map pictures (B, 3, H, W) in [0, 1] to verdicts (B, 3, H/4, W/4), of each layer as large as of the first."""
+        """Map pictures (B, 3, H, W) in [0, 1] to verdicts (B, 3, H/8, W/8), of each layer as large as of the first."""
         verdicts = []
         for f, head in zip(self.vgg[0](x).values(), self.heads, strict=True):
             verdict = head(nnf.conv2d(f, self.get_buffer(f"mix_{f.shape[1]}").to(f))).float()
@@ -459,8 +460,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    usage = "%(prog)s DIR [DIR] -o FOLDER [flags]"
-    sub = commands.add_parser("train", help="learn from two sets of pictures", usage=usage)
+    sub = commands.add_parser("train", help="learn from two sets", usage="%(prog)s DIR [DIR] -o FOLDER [flags]")
     add = sub.add_argument
     data = "two folders, X and Y, searched with all folders in them; or one with trainA and trainB; or the name of one "
     data += f"of the authors' sets, which is downloaded into data/: {', '.join(DATASETS)}"

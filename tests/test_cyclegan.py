@@ -127,6 +127,7 @@ def test_discriminators_of_feature_maps_judge_three_layers_and_learn(folders):
     assert ours.step(x, y)["E_Y"].item() == pytest.approx(expected, rel=1e-4)
     assert not torch.equal(E_Y.heads[2][0].weight, before)
     assert torch.equal(E_Y.mix_512, mix)
+    assert E_Y(x).shape == (1, 3, 4, 4) and E_X(torch.rand(1, 3, 64, 96)).shape == (1, 3, 8, 12)  # H/8, W/8
     E_Y = cyclegan.FeatureDiscriminator(E_Y.vgg[0], y)
     for mixed, f in zip(E_Y.buffers(), E_Y.vgg[0](y).values(), strict=True):
         assert mixed.std() * f.mean() == pytest.approx((2 / f.shape[1]) ** 0.5, rel=0.05)
