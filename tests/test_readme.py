@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, save_noise, split
+from conftest import ROOT, SCRIPTS, TINY, equal, save_noise, split
 
 import cyclegan
 import gatys
@@ -83,11 +83,23 @@ def test_the_python_examples_work(folder):
     exec(paint.replace("512", "40"), {})
     assert max(load_image("picture.png").shape) == 40
     shutil.copy(cyclegan.model_file("horse2zebra"), "zebras.pth")
-    exec(match.replace("192", "32"), found := {})
-    network, facts = cyclegan.load_generator(Path("horse2zebra.pth"))
-    made = found["pixels"]([cyclegan.translate(network, horse, "float32") for horse in found["horses"]])
-    torch.testing.assert_close(made.mean(1), found["real"].mean(1), rtol=0, atol=0.01)
-    torch.testing.assert_close(torch.cov(made), torch.cov(found["real"]), rtol=0, atol=0.01)
+    for long, short in (("192", "32"), ("128", "32"), ("7_200", "2"), ("5_400", "2"), ("wait=300", "wait=1")):
+        assert long in match
+        match = match.replace(long, short)
+    exec(match, found := {})
+    parts = [[load_image(path, shorter=32) for path in found[name][::7]] for name in ("horses", "zebras")]
+    for (name, trained), direction, (source, target) in zip(
+        found["networks"].items(), ("x2y", "y2x"), (parts, parts[::-1]), strict=True
+    ):
+        network, facts = cyclegan.load_generator(Path("horse2zebra.pth"), direction)
+        made, real = (
+            found["pixels"]([cyclegan.translate(network, x, "float32") for x in source]),
+            found["pixels"](target),
+        )
+        torch.testing.assert_close(made.mean(1), real.mean(1), rtol=0, atol=0.01)
+        torch.testing.assert_close(torch.cov(made), torch.cov(real), rtol=0, atol=0.01)
+        assert not torch.equal(trained.model[1].weight, found[name].model[1].weight)  # one step; the way back stays
+        equal(dict(found["F"].state_dict()), dict(cyclegan.load_generator(Path("zebras.pth"), "y2x")[0].state_dict()))
     assert facts.load_size == 192
     exec(translate.replace("192", "32"), {})
     assert load_image("horse2zebra.jpg").shape == (1, 3, 4 * 32, 6 * 32)
