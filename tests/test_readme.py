@@ -92,15 +92,24 @@ def test_the_python_examples_work(folder):
         found["networks"].items(), ("x2y", "y2x"), (parts, parts[::-1]), strict=True
     ):
         network, facts = cyclegan.load_generator(Path("horse2zebra.pth"), direction)
-        made, real = (
-            found["pixels"]([cyclegan.translate(network, x, "float32") for x in source]),
-            found["pixels"](target),
-        )
+        made = found["pixels"]([cyclegan.translate(network, x, "float32") for x in source])
+        real = found["pixels"](target)
         torch.testing.assert_close(made.mean(1), real.mean(1), rtol=0, atol=0.01)
         torch.testing.assert_close(torch.cov(made), torch.cov(real), rtol=0, atol=0.01)
-        assert not torch.equal(trained.model[1].weight, found[name].model[1].weight)  # one step; the way back stays
-        equal(dict(found["F"].state_dict()), dict(cyclegan.load_generator(Path("zebras.pth"), "y2x")[0].state_dict()))
+        assert not torch.equal(trained.model[1].weight, found[name].model[1].weight)  # by one step
+    equal(dict(found["F"].state_dict()), dict(cyclegan.load_generator(Path("zebras.pth"), "y2x")[0].state_dict()))
     assert facts.load_size == 192
+    shown, (network, back) = [], (found["deepcopy"](found[name]) for name in "GF")
+    found["discriminator_loss"] = lambda E, *pictures: (
+        shown.append(pictures) or cyclegan.discriminator_loss(E, *pictures)
+    )
+    network.model[15] = torch.nn.Conv2d(128, 128, 1)
+    torch.nn.init.eye_(network.model[15].weight.data[..., 0, 0]).mul_(20)  # spikes: they are to be smaller afterwards
+    after = found["refine"](network, back, found["horses"], found["zebras"], 0, 0, steps=2, wait=0).model[15]
+    assert after.weight.diagonal().sum() < 128 * 20
+    real, made = (255 * part for part in shown[-1])
+    torch.testing.assert_close(real, real.round(), rtol=0, atol=1e-3)  # of a file
+    assert real.shape == made.shape == (8, 3, 32, 32) and (made - made.round()).abs().max() > 0.1
     exec(translate.replace("192", "32"), {})
     assert load_image("horse2zebra.jpg").shape == (1, 3, 4 * 32, 6 * 32)
     pytest.importorskip("onnxscript")
