@@ -316,17 +316,17 @@ class FeatureDiscriminator(nn.Module):
     def __init__(self, vgg: common.VGG, real: Tensor) -> None:
         super().__init__()
         self.vgg, self.heads = [vgg], nn.ModuleList()  # in a list, VGG is no part of state_dict()
-        for f in vgg(real).values():  # scaled to a mean of 1 over all of `real`: a norm would hide a lack of contrast
+        for k, f in enumerate(vgg(real).values()):  # scaled to a mean of 1: a norm would hide a lack of contrast
             c = f.shape[1]
-            self.register_buffer(f"mix_{c}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5 / f.float().mean().cpu())
+            self.register_buffer(f"mix_{k}", torch.randn(64, c, 1, 1) * (2 / c) ** 0.5 / f.float().mean().cpu())
             layers = [nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(128, 128, 4, 2, 1), nn.LeakyReLU(0.2)]
             self.heads.append(nn.Sequential(*layers, nn.Conv2d(128, 1, 3, 1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map pictures (B, 3, H, W) in [0, 1] to verdicts (B, 3, H/8, W/8), of each layer as large as of the first."""
         verdicts = []
-        for f, head in zip(self.vgg[0](x).values(), self.heads, strict=True):
-            verdict = head(nnf.conv2d(f, self.get_buffer(f"mix_{f.shape[1]}").to(f))).float()
+        for k, f in enumerate(self.vgg[0](x).values()):
+            verdict = self.heads[k](nnf.conv2d(f, self.get_buffer(f"mix_{k}").to(f))).float()
             verdicts.append(nnf.interpolate(verdict, (verdicts or [verdict])[0].shape[-2:]))
         return torch.cat(verdicts, dim=1)
 

@@ -112,10 +112,10 @@ def test_discriminators_of_feature_maps_judge_three_layers_and_learn(folders):
     """
     run("cyclegan.py train x y --feature-discriminators -o new")
     saved = state("new")["E_Y"]
-    assert {name.split(".")[0] for name in saved} == {"mix_128", "mix_256", "mix_512", "heads"}
+    assert {name.split(".")[0] for name in saved} == {"mix_0", "mix_1", "mix_2", "heads"}
     ours, (x, y) = gan(feature_discriminators=True), torch.rand(2, 1, 3, 32, 32)
     E_X, E_Y = (ours.discriminators[name] for name in ("E_X", "E_Y"))
-    before, mix = E_Y.heads[2][0].weight.clone(), E_Y.mix_512.clone()
+    before, mix = E_Y.heads[2][0].weight.clone(), E_Y.mix_2.clone()
     losses, G_x, F_y = cyclegan.generator_losses(ours, x, y)
     parts = losses["G"] + losses["F"] + 10 * losses["cycle"] + 5 * losses["identity"]
     judged = 0
@@ -126,9 +126,9 @@ def test_discriminators_of_feature_maps_judge_three_layers_and_learn(folders):
     expected = cyclegan.discriminator_loss(E_Y, y, G_x.detach()).item()
     assert ours.step(x, y)["E_Y"].item() == pytest.approx(expected, rel=1e-4)
     assert not torch.equal(E_Y.heads[2][0].weight, before)
-    assert torch.equal(E_Y.mix_512, mix)
+    assert torch.equal(E_Y.mix_2, mix)
     assert E_Y(x).shape == (1, 3, 4, 4) and E_X(torch.rand(1, 3, 64, 96)).shape == (1, 3, 8, 12)  # H/8, W/8
-    E_Y = cyclegan.FeatureDiscriminator(E_Y.vgg[0], y)
+    E_Y = cyclegan.FeatureDiscriminator(common.VGG(["relu3_2", "relu4_3", "relu5_2"], "vgg19"), y)
     for mixed, f in zip(E_Y.buffers(), E_Y.vgg[0](y).values(), strict=True):
         assert mixed.std() * f.mean() == pytest.approx((2 / f.shape[1]) ** 0.5, rel=0.05)
     assert all(isinstance(layer, torch.nn.Conv2d | torch.nn.LeakyReLU) for head in E_Y.heads for layer in head)

@@ -83,11 +83,12 @@ def test_the_python_examples_work(folder):
     exec(paint.replace("512", "40"), {})
     assert max(load_image("picture.png").shape) == 40
     shutil.copy(cyclegan.model_file("horse2zebra"), "zebras.pth")
-    for long, short in (("192", "32"), ("128", "32"), ("7_200", "2"), ("5_400", "2"), ("wait=300", "wait=1")):
+    numbers = {"192": "64", "264": "64", "128": "64", "7_200": "2", "5_400": "2", "6_100": "2", "wait=300": "wait=1"}
+    for long, short in numbers.items():
         assert long in match
         match = match.replace(long, short)
     exec(match, found := {})
-    parts = [[load_image(path, shorter=32) for path in found[name][::7]] for name in ("horses", "zebras")]
+    parts = [[load_image(path, shorter=64) for path in found[name][::7]] for name in ("horses", "zebras")]
     for (name, trained), direction, (source, target) in zip(
         found["networks"].items(), ("x2y", "y2x"), (parts, parts[::-1]), strict=True
     ):
@@ -105,11 +106,11 @@ def test_the_python_examples_work(folder):
     )
     network.model[15] = torch.nn.Conv2d(128, 128, 1)
     torch.nn.init.eye_(network.model[15].weight.data[..., 0, 0]).mul_(20)  # spikes: they are to be smaller afterwards
-    after = found["refine"](network, back, found["horses"], found["zebras"], 0, 0, steps=2, wait=0).model[15]
+    after = found["refine"](network, back, found["horses"], found["zebras"], 0, 0, 2, ["relu2_1"], [64], 0).model[15]
     assert after.weight.diagonal().sum() < 128 * 20
     real, made = (255 * part for part in shown[-1])
     torch.testing.assert_close(real, real.round(), rtol=0, atol=1e-3)  # of a file
-    assert real.shape == made.shape == (8, 3, 32, 32) and (made - made.round()).abs().max() > 0.1
+    assert real.shape == made.shape == (8, 3, 64, 64) and (made - made.round()).abs().max() > 0.1
     exec(translate.replace("192", "32"), {})
     assert load_image("horse2zebra.jpg").shape == (1, 3, 4 * 32, 6 * 32)
     pytest.importorskip("onnxscript")
