@@ -461,17 +461,19 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser("train", help="learn from two sets", usage="%(prog)s DIR [DIR] -o FOLDER [flags]")
-    add = sub.add_argument
     data = "two folders, X and Y, searched with all folders in them; or one with trainA and trainB; or the name of one "
     data += f"of the authors' sets, which is downloaded into data/: {', '.join(DATASETS)}"
-    add("data", group="pictures", nargs="+", metavar="DIR", help=data)
+    add = sub.add_argument_group("pictures").add_argument
+    add("data", nargs="+", metavar="DIR", help=data)
     add("-o", "--output", type=Path, default=Path("run"), help="folder for the checkpoint, samples and losses")
     add("--load-size", type=number(int, 32, 65536), help="shorter side to scale to (default: 286/256 of --crop-size)")
     add("--crop-size", type=number(int, 32, 65536), default=256, help="side of the training crops, in px")
-    add("--lambda-cycle", group="losses", type=number(), default=10.0, help="λ of Eq. 3")
+    add = sub.add_argument_group("losses").add_argument
+    add("--lambda-cycle", type=number(), default=10.0, help="λ of Eq. 3")
     add("--lambda-identity", type=number(), default=0.5, help="weight of the identity loss, relative to λ")
     add("--pool-size", type=number(int), default=50, help="made pictures that are kept to be shown again")
-    add("--width", group="networks", type=number(int, 1, 4096), default=64, help="channels of their first layer")
+    add = sub.add_argument_group("networks").add_argument
+    add("--width", type=number(int, 1, 4096), default=64, help="channels of their first layer")
     add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 for crops up to 128 px)")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F; the paper has none")
@@ -479,7 +481,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     models = "go on from its weights, in its size: horse2zebra, a file, or two of the authors', X → Y and Y → X"
     add("--start-from", nargs="+", type=model_file, metavar="MODEL", default=(), help=models)
     add("--export", type=Path, metavar="FILE", help="also write the two generators alone, in half precision")
-    add("--epochs", group="training", type=number(int), default=100, help="passes through the larger domain, at --lr")
+    add = sub.add_argument_group("training").add_argument
+    add("--epochs", type=number(int), default=100, help="passes through the larger domain, at --lr")
     add("--decay-epochs", type=number(int), default=100, help="epochs after --epochs in which the rate falls to 0")
     add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
     add("--lr", type=number(most=1e30), default=2e-4, help="learning rate of Adam")
@@ -488,12 +491,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     common.add_training_arguments(sub)
 
     sub = commands.add_parser("translate", help="translate pictures", usage="%(prog)s input [input ...] [flags]")
-    add = sub.add_argument
-    add("inputs", group="pictures", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
+    add = sub.add_argument_group("pictures").add_argument
+    add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<direction>.png)")
     add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: as in training)")
     models = "horse2zebra, or a file: of train, or a generator of the authors' code"
-    add("--model", group="network", type=model_file, metavar="MODEL", default="horse2zebra", help=models)
+    add = sub.add_argument_group("network").add_argument
+    add("--model", type=model_file, metavar="MODEL", default="horse2zebra", help=models)
     direction = "x2y: G, for the shipped model horse to zebra; y2x: F, the way back"
     add("--direction", choices=["x2y", "y2x"], default="x2y", help=direction)
     common.add_device_arguments(sub)
