@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import PIL
 import torch
 import torchvision
-from PIL import Image, ImageCms, ImageFilter, ImageOps, ImageSequence, ImageStat
+from PIL import Image, ImageCms, ImageFilter, ImageOps, ImageSequence, ImageStat, PngImagePlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -294,10 +294,11 @@ FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 
 @functools.cache
 def set_up_pillow() -> None:
-    """Let Pillow read HEIC, if its plug-in is installed, and large scans. It is done once."""
+    """Let Pillow read large scans, long metadata, and HEIC if its plug-in is there; only once."""
     with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, and warns of more
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of XMP or of a profile; Pillow's 1 MB is too few
 
 
 def check_images(
@@ -351,6 +352,7 @@ def load_frames(
             if least:  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
                 file.draft(None, (least, least))
             for image in ImageSequence.Iterator(file):
+                _check_size(path, image, bytes_a_pixel=8 if least else 32)
                 rgb, alpha = _decode(image)
                 visible = alpha is None or alpha.getbbox() is not None
                 if not visible and getattr(file, "n_frames", 1) == 1:
@@ -365,6 +367,17 @@ def load_frames(
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         failure = f"cannot read {path} as an image ({type(error).__name__})"
         raise InputError(f"{failure}: {_advice(Path(path), error)}") from error
+
+
+def _check_size(path: str | Path, image: Image.Image, bytes_a_pixel: int) -> None:
+    """Raise InputError, before decoding, for more pixels than the file, or the memory, can hold."""
+    pixels = image.width * image.height
+    size = f"{image.width}×{image.height} px"
+    length = Path(path).stat().st_size
+    if pixels > 2**26 and pixels > 10_000 * length:  # no format packs pixels as tightly
+        raise InputError(f"{path} is damaged: {length} bytes cannot hold {size}")
+    if pixels * bytes_a_pixel > memory_of(torch.device("cpu")):
+        raise InputError(f"out of memory: {path} has {size}: make it smaller first")
 
 
 def _advice(path: Path, error: Exception) -> str:
@@ -822,6 +835,9 @@ class Crops(Dataset):
     seed: int
     flip: bool = False
 
+    def __post_init__(self) -> None:
+        self.told: set[Path] = set()  # of which files a warning was printed
+
     def __getitem__(self, i: int) -> list[Tensor]:
         return [self.crop(domain, i) for domain in range(len(self.domains))]
 
@@ -836,11 +852,13 @@ class Crops(Dataset):
         random = torch.Generator().manual_seed(seed + n * i + 2**31)
         for k in order[position:] + order[:position]:  # the next one, if a picture cannot be used
             try:
+                _check_thin(files[k])
                 image = load_image(files[k], shorter=self.load_size)[0]  # (3, h, w)
-            except InputError as error:
-                print(f"warning: {error}", file=sys.stderr)
-            else:
                 return self._cut(image, random)
+            except InputError as error:
+                if files[k] not in self.told:
+                    print(f"warning: {error}", file=sys.stderr)
+                self.told.add(files[k])
         raise InputError(f"none of the images in {files[0].parent} can be read")
 
     def _cut(self, image: Tensor, random: torch.Generator) -> Tensor:
@@ -853,6 +871,15 @@ class Crops(Dataset):
         if self.flip and torch.rand((), generator=random) < 0.5:
             image = image.flip(2)
         return image
+
+
+def _check_thin(path: Path) -> None:
+    """Raise InputError if an image is thinner than 8 : 1: huge, when its shorter side is scaled."""
+    sides = (1, 1)
+    with suppress(Exception), Image.open(path) as file:  # `load_image` tells what is wrong with it
+        sides = file.size
+    if max(sides) > 8 * min(sides):
+        raise InputError(f"{path} is passed over: it is thinner than 8 : 1")
 
 
 def lr_factor(step: float, constant: int, decay: int) -> float:

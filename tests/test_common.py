@@ -7,16 +7,18 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, equal, files, provenance, run, save_noise, state
-from PIL import Image, ImageCms, JpegImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 from torchvision.transforms.functional import to_tensor
 
 import common
@@ -87,20 +89,97 @@ def test_size_is_the_longer_side_or_the_shorter():
     assert cropped.mean().item() == pytest.approx(0.5, abs=0.02)  # the central quarter of the ramp
 
 
-@pytest.mark.skipif(
+linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory"
 )
-def test_a_picture_of_200_megapixels_takes_the_memory_of_what_is_asked_for():
-    def kilobytes(name):
-        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
-    Image.new("L", (20_000, 10_000), 99).save("scan.jpg")
+
+def megabytes(work):
+    """Return by how much the memory of this process grows at most during `work`."""
+
+    def read(name):
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1000
+
     Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
-    before = kilobytes("VmRSS")
+    before = read("VmRSS")
+    work()
+    return read("VmHWM") - before
+
+
+def refuse(path, word):
+    with pytest.raises(InputError, match=word):
+        load_image(path, 64)
+
+
+@linux
+def test_a_picture_of_200_megapixels_takes_the_memory_of_what_is_asked_for():
+    Image.new("L", (20_000, 10_000), 99).save("scan.jpg")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_image("scan.jpg", 512).shape == (1, 3, 256, 512)
-    assert kilobytes("VmHWM") - before < 80_000  # all of it would be 600 MB
+        assert megabytes(lambda: load_image("scan.jpg", 512)) < 80  # all of it would be 600 MB
+    assert load_image("scan.jpg", 512).shape == (1, 3, 256, 512)
+
+
+@linux
+def test_headers_that_claim_more_than_their_files_can_hold_cost_nothing(monkeypatch):
+    """Of a film, too, whose second page is the damaged one."""
+    page = Image.effect_noise((64, 64), 90)
+    page.save("pages.tif", save_all=True, append_images=[Image.effect_noise((77, 64), 90)])
+    data = Path("pages.tif").read_bytes()
+    width = struct.pack("<HHII", 256, 4, 1, 77)
+    assert data.count(width) == 1
+    Path("pages.tif").write_bytes(data.replace(width, struct.pack("<HHII", 256, 4, 1, 10**7)))
+    page.save("a.gif")
+    gif = bytearray(Path("a.gif").read_bytes())
+    gif[6:10] = struct.pack("<HH", 32_888, 32_602)
+    Path("a.gif").write_bytes(gif)
+    for name in ("a.gif", "pages.tif"):
+        with pytest.raises(InputError, match=rf"{name} is damaged: \d+ bytes cannot hold"):
+            print(megabytes(lambda name=name: list(load_frames(name, 64))))
+    assert megabytes(lambda: refuse("a.gif", "damaged")) < 50
+
+
+@pytest.mark.parametrize(("size", "most"), [(None, 31), (64, 7)])
+def test_a_picture_that_does_not_fit_into_the_memory_is_not_decoded(monkeypatch, size, most):
+    """Nor is one just below 2²⁶ pixels, or above it in a large file, taken for damaged."""
+    Image.new("1", (1000, 1000)).save("a.png")
+    memory = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": most * 10**6}
+    monkeypatch.setattr(common.os, "sysconf", memory.get)
+    with pytest.raises(InputError, match=r"out of memory: a\.png has 1000×1000 px"):
+        load_image("a.png", size)
+    memory["SC_PAGE_SIZE"] *= 1.2
+    assert load_image("a.png", size).shape[-1] == (size or 1000)
+
+
+def test_a_scan_may_be_large_if_its_file_is():
+    for side, length, damaged in ((8192, 100, False), (8193, 6_000, True), (8193, 7_000, False)):
+        Path("a.png").write_bytes(bytes(length))
+        told = contextlib.nullcontext()
+        if damaged:
+            told = pytest.raises(InputError, match=f"6000 bytes cannot hold {side}×{side} px")
+        with told:
+            common._check_size("a.png", argparse.Namespace(width=side, height=side), 8)
+
+
+@linux
+def test_metadata_may_be_long_but_not_endless():
+    """XMP of 3 MB and a profile of 2 MB are read; what unpacks to 2 GB is refused at once."""
+    xmp = PngImagePlugin.PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", "<x>" + "é" * 3_000_000, zip=True)
+    page = Image.effect_noise((64, 64), 90).convert("RGB")
+    page.save("xmp.png", pnginfo=xmp)
+    page.save("profile.png", icc_profile=SWAPPED + random.Random(0).randbytes(2_000_000))
+    for name in ("xmp.png", "profile.png"):
+        assert load_image(name).shape == (1, 3, 64, 64)
+    packer = zlib.compressobj(9)
+    bomb = b"".join(packer.compress(bytes(2**24)) for _ in range(128)) + packer.flush()
+    page.save("plain.png")
+    data = Path("plain.png").read_bytes()
+    for kind, head in ((b"zTXt", b"Comment\0\0"), (b"iCCP", b"ICC\0\0")):
+        chunk = kind + head + bomb
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        Path("bomb.png").write_bytes(data[:33] + chunk + data[33:])
+        assert megabytes(lambda: refuse("bomb.png", "cannot read")) < 250
 
 
 def test_what_is_no_picture():
@@ -811,10 +890,24 @@ def test_pictures_that_cannot_be_used_are_passed_over(capsys):
     files[1].write_text("no picture")
     crops = Crops([files[:3]], 11, 8, seed=0)
     assert set(numbers(crops, range(12))) == {0, 2}
-    assert str(files[1]) in capsys.readouterr().err
+    assert capsys.readouterr().err.count(str(files[1])) == 1  # it is said once
     squares, rest = common.hold_out(files, 6)
     assert [round(square[0].mean().item() * 32) for square in squares] == [0, 2, 3, 4]
     assert rest == [files[1], *files[5:]]
     assert common.hold_out(files[:8], 6)[1] == files[:8]  # of so few all are trained on
     with pytest.raises(InputError, match="can be read"):
         common.hold_out(files[1:2], 6)
+
+
+@linux
+def test_thin_pictures_are_passed_over_in_a_training(capsys):
+    """Scaled to 286 px, the shorter side, one of 1000×1 px would take gigabytes for one crop."""
+    files = numbered("x", 2, size=(160, 20))
+    save_noise("x/long.png", size=(1000, 1))
+    save_noise("x/high.png", size=(9, 73))
+    crops = Crops([[Path("x/long.png"), Path("x/high.png"), *files]], 286, 256, seed=0)
+    assert megabytes(lambda: [crops[i] for i in range(8)]) < 100
+    assert set(numbers(Crops(crops.domains, 20, 16, seed=0), range(12))) == {0, 1}
+    told = capsys.readouterr().err
+    assert told.count("x/long.png is passed over: it is thinner than 8 : 1") == 2
+    assert told.count("x/high.png") == 2
