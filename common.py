@@ -559,12 +559,15 @@ def write_file(data: bytes | memoryview | None, path: Path) -> None:
     Without data, only try whether that works. InputError if not.
     """
     path = path.resolve()  # of a link, the file that it leads to
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name[-50:] + ".part")  # names may be as long as is allowed
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data or b"")
         if data is not None:
             temporary.replace(path)
+        else:
+            with suppress(FileNotFoundError):
+                path.stat()  # fails if the name is longer
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -593,9 +596,9 @@ def check_outputs(
         if others:
             what = f"{others[0]}, an input or another result"
             raise InputError(f"{path} would write over {what}: choose another name")
+        write_file(None, path)
         if path.is_dir() and not path.name.endswith("_frames"):
             raise InputError(f"cannot write {path}: it is a folder")
-        write_file(None, path)
         taken[real] = path
         around |= dict.fromkeys(real.parents, path)
 
@@ -606,8 +609,9 @@ def plan_outputs(
     """Pair every image among `inputs`, and in those that are folders, with the file of its result.
 
     One file goes to `output`, or <name>_<tag>.png. Several, or a folder, go under the same names to
-    the folder that `output` is, or <folder>_<tag>. What is not of the FORMATS becomes .png. An
-    animation stays one, unless `animations` is False. InputError if a result has no place.
+    the folder that `output` is, or <folder>_<tag>. What is not of the FORMATS becomes .png: a.bmp
+    becomes a.png, or, beside an a.png, a.bmp.png. An animation stays one, unless `animations` is
+    False. InputError if a result has no place.
     """
     alone = len(inputs) == 1 and not inputs[0].is_dir()
     if output and not alone and not output.is_dir() and output.suffix.lower() in (*FORMATS, ".gif"):
@@ -617,12 +621,15 @@ def plan_outputs(
     else:
         wanted = list(_own_names(inputs, output, tag))
     sources = {source.resolve() for source, _ in wanted}
+    names = {target for _, target in wanted}
     made_of: dict[Path, Path] = {}  # by the real path of a result
     pairs = []
     for source, target in wanted:
         moves = animations and is_animation(source)
         if target != output and not moves and target.suffix.lower() not in FORMATS:
-            target = target.with_suffix(".png")
+            name = target.with_suffix(".png")
+            free = name not in names and name.resolve() not in made_of
+            target = name if free else target.with_name(f"{target.name}.png")
         real = target.resolve()
         if real in sources:
             raise InputError(f"{target}, the result of {source}, is an input: choose another name")

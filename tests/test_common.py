@@ -422,6 +422,30 @@ def test_animations_in_any_case_of_letters_stay_some_or_become_pictures():
         common.plan_outputs([Path("in/A.GIF")], gif, "t", animations=False)
 
 
+def test_pictures_that_differ_in_their_suffix_have_results_of_their_own():
+    """The one that is a PNG keeps its name."""
+    save_noise("in/a.bmp", "in/a.png", "in/a.tga", "in/b.bmp", "in/b.tga", "in/c.jpg", "in/c.png")
+    transform("in", "out")
+    names = ["a.bmp.png", "a.png", "a.tga.png", "b.png", "b.tga.png", "c.jpg", "c.png"]
+    assert files("out") == names
+    for source, result in (("a.bmp", "a.bmp.png"), ("a.png", "a.png"), ("b.tga", "b.tga.png")):
+        assert torch.equal(load_image(f"in/{source}"), load_image(f"out/{result}"))
+    with pytest.raises(
+        InputError, match=r"a_t\.png would be the result of in/a\.bmp and of in/a\.png"
+    ):
+        transform("in/a.bmp in/a.png", None)
+
+
+def test_a_name_may_be_as_long_as_the_system_allows():
+    for name in ("n" * 251 + ".png", "東" * 83 + ".png"):
+        save_image(torch.rand(1, 3, 8, 8), name)
+        common.check_outputs([Path(name)])
+        assert load_image(name).shape == (1, 3, 8, 8)
+        with pytest.raises(InputError, match="too long"):
+            common.check_outputs([Path("long" + name)])
+    assert len(files()) == 2
+
+
 def test_a_large_folder_costs_each_of_its_files_once(monkeypatch):
     """Not each a few times, nor each pair: counted are files opened and paths resolved."""
     opened, resolved, counts = [], [], []
