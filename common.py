@@ -351,7 +351,10 @@ def load_frames(
         with Image.open(path) as file:
             if least:  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
                 file.draft(None, (least, least))
-            for image in ImageSequence.Iterator(file):
+            hidden = getattr(file, "default_image", False)  # shown where a PNG cannot move
+            for k, image in enumerate(ImageSequence.Iterator(file)):
+                if hidden and k == 0:
+                    continue
                 _check_size(path, image, bytes_a_pixel=8 if least else 32)
                 rgb, alpha = _decode(image)
                 visible = alpha is None or alpha.getbbox() is not None
@@ -481,14 +484,23 @@ def save_image(image: Tensor, path: str | Path, metadata: dict[str, object] | No
     _save(to_pil(image), Path(path), exif=exif)
 
 
-def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
-    """Write a GIF, WebP or PNG that repeats for ever; a frame is (1, 3 or 4, H, W) and its ms."""
+def save_animation(
+    frames: Iterable[tuple[Tensor, float]], path: Path, loop: int | None = 0
+) -> None:
+    """Write a GIF, WebP or PNG; a frame is (1, 3 or 4, H, W) in [0, 1] and its time in ms.
+
+    `loop` is how often it repeats, as files count it: 0 for ever, None not at all.
+    """
     images = []
     times = []
     for frame, milliseconds in frames:
         images.append(to_pil(frame))
         times.append(milliseconds)
-    options: dict[str, Any] = {"duration": times, "loop": 0}
+    options: dict[str, Any] = {"duration": times}
+    if loop is not None:
+        options["loop"] = loop
+    elif path.suffix.lower() != ".gif":  # others have a number in any case
+        options["loop"] = 1
     if any(image.mode == "RGBA" for image in images):
         images = [image.convert("RGBA") for image in images]
         if path.suffix.lower() == ".gif":
@@ -713,12 +725,15 @@ def transform_files(
     size = None if shorter else args.image_size
 
     def result(image: Tensor) -> Tensor:
-        """Transform (1, 3 or 4, H, W) on any device to the same on the CPU, keeping α."""
+        """Transform (1, 3 or 4, H, W), but not its α, nor what has hardly any contrast."""
         rgb = image[:, :3]
-        # One colour is kept: instance norm would turn black and white into the same grey.
-        if not (rgb == rgb[..., :1, :1]).all():
-            rgb = transform(rgb).cpu()
-        made = torch.cat([rgb, image[:, 3:]], dim=1)
+        # Instance norm turns nearly black and nearly white into the same grey. So frames of a fade
+        # with less than 1/16 of the full contrast are blended in.
+        values = rgb.flatten(2)  # (1, 3, H*W)
+        contrast = (values.amax(2) - values.amin(2)).max().item()
+        strength = min(1.0, 16 * contrast) ** 2
+        blended = torch.lerp(rgb, transform(rgb).cpu(), strength)
+        made = torch.cat([blended, image[:, 3:]], dim=1)
         if shorter and args.image_size:
             made = resize(made, args.image_size / max(made.shape[-2:]))
         return made
@@ -727,7 +742,9 @@ def transform_files(
         loaded = load_frames(source, size, shorter=shorter)
         frames = ((result(image), milliseconds) for image, milliseconds in loaded)
         if target.suffix.lower() in ANIMATIONS and is_animation(source):
-            save_animation(frames, target)
+            with Image.open(source) as file:
+                loop = file.info.get("loop")
+            save_animation(frames, target, loop)
         else:
             image, _ = next(frames)
             save_image(image, target, metadata)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import random
 import signal
@@ -273,7 +274,8 @@ def test_an_animation_stays_one(suffix):
     frames = [Image.new("RGB", (40, 20), color) for color in colors]
     for frame in frames:
         frame.paste("white", (30, 0, 40, 20))  # a frame of one colour would stay as it is
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, lossless=True)
+    options = {"save_all": True, "append_images": frames[1:], "duration": times, "lossless": True}
+    frames[0].save(path, **options, loop=0)
     transform(path.name, None, lambda image: image.flip(1), size=20)
     with Image.open(f"a_t{suffix}") as result:
         assert (result.size, result.n_frames, result.info["loop"]) == ((20, 10), 3, 0)
@@ -284,6 +286,29 @@ def test_an_animation_stays_one(suffix):
         assert (frame[0, :, 5, 9] * 255).tolist() == pytest.approx(color, abs=6)
     transform(path.name, "first.tif")
     assert load_image("first.tif")[0, :, 0, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_an_animation_plays_as_often_as_its_source(suffix):
+    """For ever, three times, or once: a GIF that plays once has no number of loops."""
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
+    for loop in (0, 3, 1, None):
+        options = {} if loop is None else {"loop": loop}
+        frames[0].save("a.gif", save_all=True, append_images=frames[1:], **options)
+        transform("a.gif", f"b{suffix}")
+        with Image.open(f"b{suffix}") as result:
+            expected = 1 if loop is None and suffix != ".gif" else loop
+            assert result.info.get("loop") == expected
+    common.save_animation([(torch.rand(1, 3, 4, 4), 50.0) for _ in range(2)], Path(f"c{suffix}"))
+    with Image.open(f"c{suffix}") as result:
+        assert result.info["loop"] == 0
+
+
+def test_the_picture_that_an_animated_png_hides_is_no_frame_of_it():
+    still, *frames = (Image.new("RGB", (9, 9), color) for color in ("lime", "red", "blue"))
+    still.save("a.png", save_all=True, append_images=frames, default_image=True, duration=70)
+    assert [time for _, time in load_frames("a.png")] == [70, 70]
+    assert load_image("a.png")[0, :, 0, 0].tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
@@ -334,6 +359,23 @@ def test_pictures_of_one_colour_keep_it():
     transform("fade.png icon.png", "out", lambda x: x * 0 + 0.5)
     assert [image.mean().item() for image, _ in load_frames("out/fade.png")] == [0, 1]
     assert load_image("out/icon.png").max() == 0
+
+
+def test_pictures_of_hardly_any_contrast_are_blended_in():
+    """A fade from black, or from white, does not flash: no jump, and no grey where it is dark."""
+    for ground in (0, 255):
+        Path(f"in{ground}").mkdir()
+        for k in range(21):
+            image = Image.new("RGB", (12, 12), (ground,) * 3)
+            green = abs(ground - k)  # the contrast of any channel counts
+            image.putpixel((5, 5), (ground, green, ground))
+            image.save(f"in{ground}/{k:02d}.png")
+        transform(f"in{ground}", f"out{ground}", lambda x: x * 0 + 0.5)
+        means = [load_image(path).mean().item() for path in find_images(Path(f"out{ground}"))]
+        greys = [abs(mean - ground / 255) for mean in means]
+        assert greys[0] < 1 / 255 and greys[1] < 2 / 255 and greys == sorted(greys)
+        assert max(b - a for a, b in itertools.pairwise(greys)) < 0.07
+        assert greys[16:] == pytest.approx([0.5] * 5, abs=0.01)  # as it would be alone
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
