@@ -335,11 +335,11 @@ def plan_scales(content: Tensor, args: Namespace) -> list[Scale]:
     count = args.scales
     if count is None:
         count = 1 + math.ceil(math.log2(max(1, side / 128)))
-    coarsest = min(128 / side, 0.5 ** (count - 1))  # relative to the full size
+    coarsest = 128 / side if side > 128 else 0.5 ** (count - 1)  # relative to the full size
     scales = []
     for k in range(count):
         factor = coarsest ** ((count - 1 - k) / max(1, count - 1))  # in equal ratios, up to 1
-        steps = math.ceil(args.num_steps / (1, 3, 7)[min(k, 2)])
+        steps = max(1, round(args.num_steps / (1, 3, 7)[min(k, 2)]))
         scales.append(Scale(factor, steps, list(args.style_layers)))
     # relu5_1 makes the largest shapes. At full size they are there, and it would only add dots.
     finest = [layer for layer in args.style_layers if layer < "relu5"]
@@ -825,7 +825,6 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
         argv += ["content" if name in tensors else str(word) for word in words]
     args = parse_args(argv)
     vars(args).update(tensors)
-    return args
     colors = [split_alpha(image)[0] for image in (content, *styles)]
     alphas = [split_alpha(image)[1] for image in (content, *styles)]
     starts = [args.init] if isinstance(args.init, Tensor) else []
