@@ -169,7 +169,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], vgg: VGG, args: Namespace) 
         photo = widen(resize(content, scale.factor))
         paintings = [resize(style, scale.factor) for style in styles]
         if picture is None:
-            vgg = normalize(vgg, photo, paintings)
+            vgg = normalize(vgg, photo, paintings, args)
             x = start(photo, styles, args)
         else:
             size = [side - 2 * MARGIN for side in photo.shape[-2:]]
@@ -204,11 +204,13 @@ def better(frame: Frame, best: Frame | None) -> bool:
     return frame[1]["total"] <= best[1]["total"]
 
 
-def normalize(vgg: VGG, photo: Tensor, paintings: Sequence[Tensor]) -> VGG:
-    """Rescale VGG to a mean activation of 1 in each layer, over the photo and the paintings."""
+def normalize(vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> VGG:
+    """Rescale VGG to a mean activation of 1 in each layer, over what x is compared with."""
     # The paper (§2) rescales each filter, over many images. Here it is each layer, over the
     # pictures at hand. Some filters are silent in all of them: no factor brings their mean to 1.
-    images = [photo, *paintings]
+    images = [*paintings] if args.style_layers else []
+    if args.content_layers or args.protect is not None:
+        images.append(photo)
     return rescale(vgg, [resize(image, min(1.0, 1024 / max(image.shape))) for image in images])
 
 
@@ -450,6 +452,11 @@ def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") ->
 
 def fit_start(picture: Tensor, photo: Tensor, args: Namespace) -> Tensor:
     """Scale the picture of --init to the size of `photo`, which has a margin."""
+    h, w = narrow(photo).shape[-2:]
+    rows, columns = picture.shape[-2:]
+    if abs(rows * w - columns * h) > max(h, w) + max(rows, columns):  # by more than a pixel
+        sizes = f"{columns}×{rows} px, is stretched to the photo's {w}×{h} px"
+        tqdm.write(f"warning: --init, {sizes}", file=sys.stderr)
     if args.preserve_color == "luminance":  # grey, as the photo is
         picture = luminance(picture)
     return fit(picture, photo, MARGIN, "bicubic").to(photo).expand_as(photo)
@@ -828,10 +835,10 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
     colors = [split_alpha(image)[0] for image in (content, *styles)]
     alphas = [split_alpha(image)[1] for image in (content, *styles)]
     starts = [args.init] if isinstance(args.init, Tensor) else []
-    common.check_images([*colors, *starts], [*alphas, *args.style_masks, tensors.get("protect")])
-    args.alpha, *args.style_alphas = alphas
     if args.protect == "faces":
         args.protect = find_faces(colors[0])
+    common.check_images([*colors, *starts], [*alphas, *args.style_masks, args.protect])
+    args.alpha, *args.style_alphas = alphas
     return args
 
 
