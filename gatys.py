@@ -292,7 +292,7 @@ def damping_gains(x: Tensor, args: Namespace) -> Tensor | None:
     """Return what `smooth` multiplies each frequency of x (1, 3, H, W) with, (H, W/2 + 1).
 
     The paper changes the pixels themselves. Their gradient is full of grain, and a few iterations
-    leave it in the picture. So each frequency is divided by 1 + 10 · cycles per pixel: coarse
+    leave it in the picture. So each frequency is divided by 1 + 5 · cycles per pixel: coarse
     changes come first, and every picture can still be reached (Mordvintsev et al., Distill 2018).
     """
     if args.optimizer == "adam":  # which moves all values alike
@@ -301,7 +301,7 @@ def damping_gains(x: Tensor, args: Namespace) -> Tensor | None:
         return None
     fy = torch.fft.fftfreq(x.shape[-2], dtype=torch.float32)
     fx = torch.fft.rfftfreq(x.shape[-1], dtype=torch.float32)  # up to ½
-    return (1 / (1 + 10 * torch.hypot(fy[:, None], fx))).to(x.device)
+    return (1 / (1 + 5 * torch.hypot(fy[:, None], fx))).to(x.device)
 
 
 def smooth(z: Tensor, gains: Tensor | None) -> Tensor:
@@ -698,7 +698,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     add = parser.add_argument_group("losses").add_argument
     add("--content-weight", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
-    add("--style-weight", type=number(), default=30.0, metavar="β", help="β of Eq. 7")
+    add("--style-weight", type=number(), default=50.0, metavar="β", help="β of Eq. 7")
     smoothness = "weight of total variation, for smoothness"
     add("--tv-weight", type=number(), default=0.0, metavar="W", help=smoothness)
     layers = "layers of the content loss"
