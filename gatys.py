@@ -25,7 +25,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -239,8 +239,7 @@ def optimize(
 ) -> Iterator[Frame]:
     """Change the picture x (1, 3, H, W) so that `objective(x)["total"]` falls.
 
-    It yields x and its losses after each step. A step is `args.lbfgs_iters` iterations of the
-    optimiser, each one evaluation of the objective and its gradient.
+    It yields x and its losses after each step, which is `args.lbfgs_iters` evaluations.
     """
     # The optimiser changes z, and x = x_0 + unit · smooth(z). It sees the gradient g times a gain:
     # |g|₁, the sum over all values, starts at 1e6. In these units torch's first move, 1e5·lr along
@@ -908,34 +907,23 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         files.append(Path(args.protect))
     if args.init not in STARTS:
         files.append(Path(args.init))
-    pairs = [
-        (photo, still(to)) for photo, to in common.plan_outputs([args.content], args.output, "")
-    ]
+    pairs = common.plan_outputs([args.content], args.output, "", animations=False)
     device = common.pick_device(args.device)
     paintings = [painting.to(device) for painting in load_inputs(args)]
     vgg = network(device, args)
     print(f"computing on {device} in {vgg.precision}", file=sys.stderr)
 
     def work(photo: Path, output: Path) -> None:
-        common.check_outputs(
-            [output, *extras(output, args).values()], [photo, *files], common.FORMATS
-        )
-        files.extend([output, *extras(output, args).values()])  # no other photo writes over these
+        outputs = [output, *extras(output, args).values()]
+        common.check_outputs(outputs, [photo, *files], common.FORMATS)
+        files.extend(outputs)  # no other photo writes over these
         image, _ = next(common.load_frames(photo, args.image_size))
-        one = Namespace(**vars(args))
-        one.output = output
-        one.title = photo.name
-        content, one.alpha = split_alpha(image)
-        if args.protect == "faces":
-            one.protect = find_faces(content)
-        paint_file(content.to(device), paintings, vgg, one, command)
+        content, alpha = split_alpha(image)
+        protect = find_faces(content) if args.protect == "faces" else args.protect
+        one = vars(args) | {"output": output, "alpha": alpha, "protect": protect}
+        paint_file(content.to(device), paintings, vgg, Namespace(**one), command)
 
     common.for_each(pairs, work, disable=True)  # each photo has a bar of its own
-
-
-def still(path: Path) -> Path:
-    """Give a picture the suffix .png if its name is that of an animation."""
-    return path.with_suffix(".png") if path.suffix.lower() == ".gif" else path
 
 
 def extras(output: Path, args: Namespace) -> dict[str, Path]:
@@ -946,28 +934,39 @@ def extras(output: Path, args: Namespace) -> dict[str, Path]:
     return {end: Path(f"{stem}{end}") for end, is_wanted in wanted.items() if is_wanted}
 
 
-class Film:
-    """Keep small pictures of an optimisation, from the photo to the result, for --save-gif."""
+@dataclass
+class Progress:
+    """What there is of a picture so far."""
 
-    def __init__(self, content: Tensor, steps: int, args: Namespace) -> None:
-        self.content = content
-        self.args = args
-        self.every = math.ceil(steps / 48)
-        self.frames = [self.shrink(content)]
+    steps: int  # in all
+    best: Frame | None = None
+    best_step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # {"step": …, loss: …}
+    film: list[Tensor] = field(default_factory=list)  # small pictures for --save-gif
 
-    def shrink(self, picture: Tensor) -> Tensor:
-        scale = min(1.0, 384 / max(self.content.shape[-2:]))
-        return resize(finish(picture, self.content, self.args), scale)
 
-    def add(self, step: int, picture: Tensor) -> None:
-        if step == 1 or step % self.every == 0:
-            self.frames.append(self.shrink(picture))
+def watch(frames: Iterator[Frame], content: Tensor, args: Namespace, progress: Progress) -> None:
+    """Paint, show how far it is, and keep in `progress` what will be written."""
+    film_every = math.ceil(progress.steps / 48)
+    with tqdm(frames, args.output.name, progress.steps, unit="step") as bar:
+        for step, (picture, losses) in enumerate(bar, 1):
+            progress.history.append({"step": step, **losses})
+            if better((picture, losses), progress.best):
+                progress.best = picture, losses
+                progress.best_step = step
+            text = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            bar.set_postfix_str(text, refresh=False)
+            if args.save_gif and (step == 1 or step % film_every == 0):
+                progress.film.append(thumbnail(picture, content, args))
+            if args.save_all:
+                frame = extras(args.output, args)["_frames"] / f"{step:04d}.png"
+                common.save_image(finish(picture, content, args), frame)
 
-    def save(self, best: Tensor, path: Path) -> None:
-        photo, first, *rest = self.frames
-        blended = [torch.lerp(photo, first, k / 8) for k in range(8)]
-        shown = [(frame, 100.0) for frame in (*blended, first, *rest)]  # ms
-        common.save_animation([*shown, (self.shrink(best), 2000.0)], path)
+
+def thumbnail(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
+    """Finish a picture, at 384 px or less."""
+    small = min(1.0, 384 / max(content.shape[-2:]))
+    return resize(finish(picture, content, args), small)
 
 
 def paint_file(
@@ -980,40 +979,28 @@ def paint_file(
         for old in files["_frames"].glob("[0-9][0-9][0-9][0-9].png"):
             old.unlink()
     steps = sum(scale.steps for scale in plan_scales(content, args))
-    film = Film(content, steps, args)
-    history: list[dict[str, float]] = []
-    best = None
-    stopped = None
+    progress = Progress(steps, film=[thumbnail(content, content, args)])
+    stopped: BaseException | None = None
     try:
-        with tqdm(paint(content, styles, vgg, args), args.title, steps, unit="step") as bar:
-            for step, (picture, losses) in enumerate(bar, 1):
-                history.append({"step": step, **losses})
-                if better((picture, losses), best):
-                    best = picture, losses
-                    best_step = step
-                text = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-                bar.set_postfix_str(text, refresh=False)
-                if args.save_gif:
-                    film.add(step, picture)
-                if args.save_all:
-                    name = files["_frames"] / f"{step:04d}.png"
-                    common.save_image(finish(picture, content, args), name)
+        watch(paint(content, styles, vgg, args), content, args, progress)
     except (Exception, KeyboardInterrupt) as error:  # what there is, is saved first
         stopped = error
     if stopped and common.out_of_memory(stopped):
         size = int(0.7 * max(content.shape[-2:]))  # which has half the pixels
         advice = f"about --image-size {size} is likely to fit, or --tile-size 512, or less"
         stopped = InputError(f"out of memory: {advice}")
-    if best is None:
+    if progress.best is None:
         raise stopped
-    picture, losses = best
-    step = f"{best_step} of {steps}"
+    picture, losses = progress.best
+    step = f"{progress.best_step} of {steps}"
     record = common.provenance(command, seed=args.seed, step=step, losses=losses)
     common.save_image(finish(picture, content, args), args.output, record)
     if args.save_losses:
-        common.save_losses(history, files["_losses.csv"])
+        common.save_losses(progress.history, files["_losses.csv"])
     if args.save_gif:
-        film.save(picture, files[".gif"])
+        film = [*progress.film, thumbnail(picture, content, args)]
+        times = [1000.0, *(100.0 for _ in film[2:]), 2000.0]  # ms: the photo, the steps, the result
+        common.save_animation(zip(film, times, strict=True), files[".gif"])
     if stopped:
         print(f"stopped: {args.output} holds the picture of step {step}", file=sys.stderr)
         raise SystemExit(130) if isinstance(stopped, KeyboardInterrupt) else stopped
