@@ -250,7 +250,7 @@ def optimize(
     gain = None
     x_0 = x
     z = torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
-    gains = damping_gains(x, args)
+    damping = damping_table(x, args)
     optimizer = make_optimizer(z, unit, args)
     losses: Maps = {}
 
@@ -258,7 +258,7 @@ def optimize(
         nonlocal x, gain, losses
         optimizer.zero_grad()
         # Not clamped: that would cut off the gradient of pixels beyond [0, 1].
-        x = x_0 + unit * smooth(z, gains)
+        x = x_0 + unit * smooth(z, damping)
         losses = objective(x)
         losses["total"].backward()
         if gain is None:
@@ -287,7 +287,7 @@ def make_optimizer(z: Tensor, unit: float, args: Namespace) -> torch.optim.Optim
     return torch.optim.LBFGS([z], 1e5 * args.lr, **limits)  # 1e5: of the first move alone
 
 
-def damping_gains(x: Tensor, args: Namespace) -> Tensor | None:
+def damping_table(x: Tensor, args: Namespace) -> Tensor | None:
     """Return what `smooth` multiplies each frequency of x (1, 3, H, W) with, (H, W/2 + 1).
 
     The paper changes the pixels themselves. Their gradient is full of grain, and a few iterations
@@ -303,11 +303,11 @@ def damping_gains(x: Tensor, args: Namespace) -> Tensor | None:
     return (1 / (1 + 5 * torch.hypot(fy[:, None], fx))).to(x.device)
 
 
-def smooth(z: Tensor, gains: Tensor | None) -> Tensor:
-    """Multiply the frequencies of z (1, 3, H, W) with `gains`, as an equaliser does."""
-    if gains is None:
+def smooth(z: Tensor, damping: Tensor | None) -> Tensor:
+    """Multiply the frequencies of z (1, 3, H, W) with `damping`, as an equaliser does."""
+    if damping is None:
         return z
-    return torch.fft.irfft2(gains * torch.fft.rfft2(z), s=z.shape[-2:])
+    return torch.fft.irfft2(damping * torch.fft.rfft2(z), s=z.shape[-2:])
 
 
 # === From here: Gatys et al. 2017, "Controlling Perceptual Factors in Neural Style Transfer", =====
@@ -755,37 +755,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def complete(args: Namespace) -> Namespace:
-    """Check arguments that depend on each other, and fill in their defaults."""
-    n = len(args.styles)
-    masks = len(args.style_masks)
-    layers = len(args.style_layers)
-    shares = [1.0 for _ in args.styles] if args.style_blend is None else args.style_blend
+    """Fill in the defaults that depend on other arguments, and check those that belong together."""
+    many = args.style_blend is None and not args.style_masks
+    if args.style_blend is None:
+        args.style_blend = [1.0 for _ in args.styles]
     if args.style_layer_weights is None:
-        equal = [1 / layers for _ in args.style_layers]
         usual = tuple(args.style_layers) == STYLE_LAYERS
+        equal = [1 / len(args.style_layers) for _ in args.style_layers]
         args.style_layer_weights = [*STYLE_LAYER_WEIGHTS] if usual else equal
-    advice = "to paint many photos, name their folder; to blend so many paintings, --style-blend"
-
-    def demand(fulfilled: object, message: str) -> None:
-        if not fulfilled:
-            raise InputError(message)
-
-    work = args.content_weight or args.style_weight
-    demand(work, "nothing to do: give --content-weight or --style-weight")
-    needed = args.style_weight or args.init == "style"
-    demand(n or not needed, "a style image is needed, unless --style-weight is 0")
-    demand(masks in (0, n - 1, n), f"--style-masks needs one for each of {n} styles, or one less")
-    demand(len(shares) == n, f"--style-blend needs one for each of {n} styles")
-    demand(not n or sum(shares) > 0, "--style-blend needs a share that is not 0")
-    start = args.init in STARTS or Path(args.init).is_file()
-    demand(start, f"--init {args.init} is no file, nor one of {', '.join(STARTS)}")
-    demand(n <= 4 or args.style_blend or masks, f"{n} styles given: {advice}")
-    same = len(args.style_layer_weights) == layers
-    demand(same, f"--style-layer-weights needs one for each of {layers} layers")
-    whole = not args.tile_size or args.tile_size % 16 == 0  # tiles begin where VGG's pooling does
-    demand(whole, f"--tile-size {args.tile_size}: choose a multiple of 16")
-
-    args.style_blend = [share / sum(shares) for share in shares]
+    check(args, many)
+    args.style_blend = [share / sum(args.style_blend) for share in args.style_blend]
     args.alpha = None  # (1, 1, H, W), of a photo that is transparent in parts
     args.style_alphas = [None for _ in args.styles]  # (1, 1, h, w) each, of such paintings
     if not args.content_weight:  # nothing to compute
@@ -802,6 +781,33 @@ def complete(args: Namespace) -> Namespace:
             name = f"{args.content.resolve().name}_{tag}"
         args.output = Path(name)
     return args
+
+
+def check(args: Namespace, many: bool) -> None:
+    """Raise InputError if arguments do not fit together; `many` paintings need a reason."""
+
+    def demand(fulfilled: object, message: str) -> None:
+        if not fulfilled:
+            raise InputError(message)
+
+    n = len(args.styles)
+    masks = len(args.style_masks)
+    layers = len(args.style_layers)
+    work = args.content_weight or args.style_weight
+    demand(work, "nothing to do: give --content-weight or --style-weight")
+    needed = args.style_weight or args.init == "style"
+    demand(n or not needed, "a style image is needed, unless --style-weight is 0")
+    demand(masks in (0, n - 1, n), f"--style-masks needs one for each of {n} styles, or one less")
+    demand(len(args.style_blend) == n, f"--style-blend needs one for each of {n} styles")
+    demand(not n or sum(args.style_blend), "--style-blend needs a share that is not 0")
+    start = args.init in STARTS or Path(args.init).is_file()
+    demand(start, f"--init {args.init} is no file, nor one of {', '.join(STARTS)}")
+    advice = "to paint many photos, name their folder; to blend so many paintings, --style-blend"
+    demand(n <= 4 or not many, f"{n} styles given: {advice}")
+    same = len(args.style_layer_weights) == layers
+    demand(same, f"--style-layer-weights needs one for each of {layers} layers")
+    whole = not args.tile_size or args.tile_size % 16 == 0  # tiles begin where VGG's pooling does
+    demand(whole, f"--tile-size {args.tile_size}: choose a multiple of 16")
 
 
 def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Namespace:
