@@ -241,14 +241,13 @@ def optimize(
 
     It yields x and its losses after each step, which is `args.lbfgs_iters` evaluations.
     """
-    # The optimiser changes z, and x = x_0 + unit · smooth(z). It sees the gradient g times a gain:
-    # |g|₁, the sum over all values, starts at 1e6. In these units torch's first move, 1e5·lr along
-    # g/|g|₁, changes x by 1/100 of white on average. If that shows no positive curvature, as with
-    # grey photos, the next move is lr·g: 1/10 of white, and no more. Curvatures below 1e-10, which
-    # torch ignores, are far away.
+    # The optimiser changes z, where x = x_0 + unit · smooth(z), and sees the gradient g times a
+    # gain: |g|₁, the sum over all values, starts at 1e6. torch's first move, 1e5·lr·g/|g|₁, then
+    # changes x by 1/100 of white on average. If that shows no positive curvature (grey photos), the
+    # next is lr·g: by 1/10, no more. Curvatures below 1e-10, which torch ignores, are far away.
     unit = 1e-7 * x.numel()
-    gain = None
     x_0 = x
+    gain = None
     z = torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
     damping = damping_table(x, args)
     optimizer = make_optimizer(z, unit, args)
@@ -257,8 +256,7 @@ def optimize(
     def closure() -> Tensor:
         nonlocal x, gain, losses
         optimizer.zero_grad()
-        # Not clamped: that would cut off the gradient of pixels beyond [0, 1].
-        x = x_0 + unit * smooth(z, damping)
+        x = x_0 + unit * smooth(z, damping)  # not clamped: that would cut off gradients
         losses = objective(x)
         losses["total"].backward()
         if gain is None:
