@@ -51,6 +51,7 @@ WIDTH, BLOCKS = 32, 6  # a sixth of the paper's weights
 LAYERS_Y = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 LAYERS_X = [*LAYERS_Y, "relu5_2"]  # a deeper layer finds the wide stripes of zebras that are close
 HELD_OUT, STORED, SHOWN = 100, 100, 8  # pictures: not trained on; kept for E; shown to E in a step
+SAVE_EVERY, LOG_EVERY = 100, 1000  # steps
 
 
 class FeatureDiscriminator(nn.Module):
@@ -292,7 +293,7 @@ def train(args: argparse.Namespace, beside: str) -> dict[str, Generator]:
     trainer = Trainer(*squares, precision)
 
     def sample(step: int) -> None:
-        if step % 1000 == 0:
+        if step % LOG_EVERY == 0:
             save_log(trainer, *held_out, beside, step)
 
     parts = {name: part for name, part in vars(trainer).items() if hasattr(part, "state_dict")}
@@ -316,8 +317,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path, help="a folder with trainA, horses, and trainB, zebras")
     parser.add_argument("-o", "--output", type=Path, default=Path("models/horse2zebra.pth"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
-    defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": 100, "load_size": LOAD_SIZE}
-    args = parser.parse_args(argv, argparse.Namespace(**defaults))
+    defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY}
+    args = parser.parse_args(argv, argparse.Namespace(**defaults, load_size=LOAD_SIZE))
     networks = train(args, str(args.output.with_suffix("")))
     state = {"args": common.plain(args), "step": len(SCHEDULE)}
     state["command"] = shlex.join(["python", "models/horse2zebra.py", *argv])
