@@ -386,10 +386,10 @@ def translate(
 # === Nothing below is in the paper: data, samples, files, the command line. ===
 
 SERVER = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
-DATASETS = (
-    *("horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "cezanne2photo"),
-    *("ukiyoe2photo", "vangogh2photo", "maps", "facades", "iphone2dslr_flower", "ae_photos"),
-)
+DATASETS = ["horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "maps"]
+DATASETS += ["cezanne2photo", "ukiyoe2photo", "vangogh2photo", "facades", "ae_photos"]
+DATASETS += ["iphone2dslr_flower"]
+FAILURES = (OSError, RuntimeError, HTTPException, zipfile.BadZipFile, zlib.error, EOFError)
 
 # The model that comes with this: made by models/horse2zebra.py
 model_file = partial(common.model_file, known=["horse2zebra"])
@@ -419,14 +419,7 @@ def download(name: str, folder: Path = Path("data")) -> Path:
                 if not (unpacked / part).is_dir():
                     raise OSError(f"{part} is missing")
             unpacked.rename(target)
-    except (
-        OSError,
-        RuntimeError,
-        HTTPException,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-    ) as error:
+    except FAILURES as error:
         reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
         advice = f"try again, or unpack it yourself, to {target}/trainA, trainB, …"
         raise InputError(f"cannot download {url} whole ({reason}): {advice}") from error
