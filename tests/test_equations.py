@@ -411,6 +411,9 @@ def test_cyclegan_section_4_pool_of_past_pictures():
     assert len({picture.item() for picture in shown[50:]}) == 1000  # none is shown twice
     assert len(pool.images) == 50 <= min(pool.images)  # each place is exchanged now and then
     assert cyclegan.ImagePool(0, seed=0).query(x).equal(x)
+    ours = gan(seed=2)
+    seeds = {pool.generator.initial_seed() for pool in (ours.pool_X, ours.pool_Y)}
+    assert len(seeds) == 2 and not seeds & {0, 1}  # of the domains, and of another --seed
 
 
 def test_cyclegan_section_7_1_learning_rate_and_initial_weights():
