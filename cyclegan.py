@@ -576,11 +576,8 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
     print(f"computing on {device} in {precision}{told}", file=sys.stderr)
 
     def transform(x: Tensor) -> Tensor:
-        """Translate a picture (1, 3, H, W): it is made small for the network, then as large again.
-
-        With --image-size, and models of unknown size, it has its size already.
-        """
-        if not size or args.image_size:
+        """Translate a picture (1, 3, H, W): made small for the network, then as large again."""
+        if not size:
             return translate(network, x.to(device), args.precision, facts.authors)
         scale = size / min(x.shape[-2:])
         made = translate(network, common.resize(x, scale).to(device), args.precision)
@@ -588,7 +585,7 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
         return made.clamp(0, 1)
 
     metadata = common.provenance(command, model=args.model.name)
-    shorter = size if args.image_size else None
+    shorter = size if args.image_size else None  # then x is small already, and scaled afterwards
     common.transform_files(args, args.direction, transform, metadata, shorter)
 
 
