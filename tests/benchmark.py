@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 import torch
-from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 
 import cyclegan
 import gatys
 import johnson
-from common import VGG, find_images, load_checkpoint, load_image, pick_device, pick_precision, rescale, to_pil
+from common import VGG, find_images, load_checkpoint, load_image, pick_device, pick_precision, rescale
+from models.horse2zebra import features, kid
 
 PRECISION = pick_precision("auto", DEVICE := pick_device())
 
@@ -118,39 +118,24 @@ def measure(name, sizes, repeats):  # a row for each size; the memory is that of
         before = ours, size
 
 
-def kid(a, b):
-    """Estimate the kernel distance (Bińkowski et al. 2018) of two sets of features (n, d); of equal ones it is 0."""
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    same = [(kernel(x, x).sum() - kernel(x, x).trace()) / (len(x) * (len(x) - 1)) for x in (a, b)]
-    return sum(same) - 2 * kernel(a, b).mean()
-
-
 @torch.no_grad()
 def horse2zebra_kid(size):
-    """Print how far translated test pictures are from real ones, and untranslated ones: KID on features of VGG-19."""
-    data, vgg = Path("data/horse2zebra"), VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg").to(DEVICE)
+    """Print how far translated and untranslated test pictures are from real ones, by KID."""
+    data = Path("data/horse2zebra")
     if not data.is_dir():
-        return print("horse2zebra-kid     needs data/horse2zebra: python cyclegan.py train horse2zebra --max-steps 1")
-
-    def features(images):
-        """Return the mean and the spread of each filter over the positions, of pictures at 128 px."""
-        small = (to_tensor(to_pil(image).resize((128, 128), 1)).unsqueeze(0) for image in images)  # 1: Lanczos
-        maps = [vgg(x.to(DEVICE)).values() for x in small]
-        return torch.stack([torch.cat([g(f, (2, 3))[0] for f in m for g in (torch.mean, torch.std)]) for m in maps])
-
-    images = {
-        part: [load_image(file, shorter=size) for file in find_images(data / part)] for part in ("testA", "testB")
-    }
+        advice = "python cyclegan.py train horse2zebra --max-steps 1"
+        return print(f"horse2zebra-kid     needs data/horse2zebra: {advice}")
+    vgg = VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg").to(DEVICE)
+    images = {}
+    for part in ("testA", "testB"):
+        images[part] = [load_image(path, shorter=size) for path in find_images(data / part)]
     for direction, source, target in (("x2y", "testA", "testB"), ("y2x", "testB", "testA")):
         G = cyclegan.load_generator(cyclegan.model_file("horse2zebra"), direction)[0].to(DEVICE)
-        real = features(images[target]).double()
+        real = features(vgg, images[target])
         made = [cyclegan.translate(G, x.to(DEVICE)) for x in images[source]]
-        unit = 3 * real.std(0).mean()
-        after, before = (kid(features(pictures).double() / unit, real / unit) for pictures in (made, images[source]))
-        print(f"horse2zebra-kid     {size:>4} px {direction}: KID {after:.2f}, untranslated {before:.2f}", flush=True)
+        after, before = (kid(features(vgg, x), real) for x in (made, images[source]))
+        text = f"KID {after:.2f}, untranslated {before:.2f}"
+        print(f"horse2zebra-kid     {size:>4} px {direction}: {text}", flush=True)
 
 
 def johnson_claims(size):

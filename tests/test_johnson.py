@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import test_cyclegan
 import torch
 import torch.nn.functional as nnf
-from conftest import CONTENT, ROOT, STYLE, equal, files, run, save_noise
+from conftest import CONTENT, ROOT, STYLE, equal, files, norm, run, save_noise
 
 import common
 import johnson
@@ -20,7 +19,7 @@ def by_hand(p, x, norm="instance", upsample="nearest", padding="reflect"):
     """Compute the supplement's Table 1 up to the last convolution, from weights p."""
 
     def normalize(name, y):
-        y = test_cyclegan.norm(y, (0, 2, 3) if norm == "batch" else (2, 3))
+        y = norm(y, (0, 2, 3) if norm == "batch" else (2, 3))
         return y * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
 
     def conv(name, y, stride=1, up=False):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, equal, save_noise, split
+from conftest import ROOT, SCRIPTS, TINY, save_noise, split
 
 import cyclegan
 import gatys
@@ -79,38 +79,9 @@ def test_every_command_in_the_text_can_be_read(folder):
 
 
 def test_the_python_examples_work(folder):
-    paint, match, translate, export = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    paint, translate, export = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     exec(paint.replace("512", "40"), {})
     assert max(load_image("picture.png").shape) == 40
-    shutil.copy(cyclegan.model_file("horse2zebra"), "zebras.pth")
-    numbers = {"192": "64", "264": "64", "128": "64", "7_200": "2", "5_400": "2", "6_100": "2", "wait=300": "wait=1"}
-    for long, short in numbers.items():
-        assert long in match
-        match = match.replace(long, short)
-    exec(match, found := {})
-    parts = [[load_image(path, shorter=64) for path in found[name][::7]] for name in ("horses", "zebras")]
-    for (name, trained), direction, (source, target) in zip(
-        found["networks"].items(), ("x2y", "y2x"), (parts, parts[::-1]), strict=True
-    ):
-        network, facts = cyclegan.load_generator(Path("horse2zebra.pth"), direction)
-        made = found["pixels"]([cyclegan.translate(network, x, "float32") for x in source])
-        real = found["pixels"](target)
-        torch.testing.assert_close(made.mean(1), real.mean(1), rtol=0, atol=0.01)
-        torch.testing.assert_close(torch.cov(made), torch.cov(real), rtol=0, atol=0.01)
-        assert not torch.equal(trained.model[1].weight, found[name].model[1].weight)  # by one step
-    equal(dict(found["F"].state_dict()), dict(cyclegan.load_generator(Path("zebras.pth"), "y2x")[0].state_dict()))
-    assert facts.load_size == 192
-    shown, (network, back) = [], (found["deepcopy"](found[name]) for name in "GF")
-    found["discriminator_loss"] = lambda E, *pictures: (
-        shown.append(pictures) or cyclegan.discriminator_loss(E, *pictures)
-    )
-    network.model[15] = torch.nn.Conv2d(128, 128, 1)
-    torch.nn.init.eye_(network.model[15].weight.data[..., 0, 0]).mul_(20)  # spikes: they are to be smaller afterwards
-    after = found["refine"](network, back, found["horses"], found["zebras"], 0, 0, 2, ["relu2_1"], [64], 0).model[15]
-    assert after.weight.diagonal().sum() < 128 * 20
-    real, made = (255 * part for part in shown[-1])
-    torch.testing.assert_close(real, real.round(), rtol=0, atol=1e-3)  # of a file
-    assert real.shape == made.shape == (8, 3, 64, 64) and (made - made.round()).abs().max() > 0.1
     exec(translate.replace("192", "32"), {})
     assert load_image("horse2zebra.jpg").shape == (1, 3, 4 * 32, 6 * 32)
     pytest.importorskip("onnxscript")

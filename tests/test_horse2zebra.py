@@ -1,0 +1,222 @@
+"""models/horse2zebra.py, the program that makes the shipped zebras, at a tiny size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import equal, files, save_noise
+
+import common
+import cyclegan
+from models import horse2zebra as program
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Make the program small, and write twelve horses and thirteen zebras."""
+    stages = (program.Stage(2, (32,), 2.5, 0.2), program.Stage(4, (34, 40), 1.0, 0.0))
+    settings = {
+        "STAGES": stages,
+        "SCHEDULE": [stage for stage in stages for _ in range(stage.steps)],
+        **{"CROP": 32, "LOAD_SIZE": 36, "WIDTH": 4, "BLOCKS": 1},
+        **{"LAYERS_Y": ["relu1_2", "relu2_1"], "LAYERS_X": ["relu1_2", "relu2_1", "relu3_1"]},
+        **{"HELD_OUT": 3, "STORED": 4, "SHOWN": 3, "SAVE_EVERY": 2, "LOG_EVERY": 2},
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(program, name, value)
+    monkeypatch.setattr(common, "pick_precision", lambda *options: torch.float32)
+    save_noise(*(f"data/trainA/{k:02}.png" for k in range(12)))
+    save_noise(*(f"data/trainB/{k:02}.png" for k in range(13)))
+
+
+def trainer(seed=0):
+    real = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return program.Trainer(*real, torch.float32)
+
+
+def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
+    program.main(["data", "-o", "a/m.pth"])
+    assert capsys.readouterr().out == "a/m.pth\n"
+    sheets = ["m_000002.jpg", "m_000004.jpg", "m_000006.jpg"]
+    tables = ["m_kid.csv", "m_losses.csv", "m_losses.png"]
+    assert files("a") == sorted(["m.pth", "m_checkpoint.pth", *sheets, *tables])
+    step = program.Trainer.step
+
+    def killed(self, i, *pictures):
+        if i == 5:
+            raise KeyboardInterrupt
+        return step(self, i, *pictures)
+
+    monkeypatch.setattr(program.Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        program.main(["data", "-o", "b/m.pth"])
+    monkeypatch.setattr(program.Trainer, "step", step)
+    program.main(["data", "-o", "b/m.pth", "--resume"])
+    for name in ("m.pth", "m_checkpoint.pth"):
+        a, b = (common.load_checkpoint(Path(folder, name)) for folder in "ab")
+        for key in a.keys() - {"args", "command"}:
+            equal(a[key], b[key])
+    header, *rows = Path("b/m_kid.csv").read_text().splitlines()
+    assert header == "step,horses to zebras,zebras to horses"
+    assert rows == Path("a/m_kid.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["2", "4", "6"]
+    record = common.load_checkpoint(Path("b/m.pth"))
+    assert record["command"] == "python models/horse2zebra.py data -o b/m.pth --resume"
+    for direction in ("x2y", "y2x"):
+        network, facts = cyclegan.load_generator(Path("a/m.pth"), direction)
+        assert network.architecture == {"blocks": 1, "width": 4, "upsample": "nearest"}
+        assert facts.load_size == 36
+
+
+def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
+    """And the test pictures, here missing, are not looked at."""
+    trained, measured = [], []
+    pictures, save_log = program.Pictures, program.save_log
+    monkeypatch.setattr(
+        program, "Pictures", lambda domains: trained.extend(domains) or pictures(domains)
+    )
+
+    def recorded(network, x, y, *options):
+        measured.extend([x, y])
+        save_log(network, x, y, *options)
+
+    monkeypatch.setattr(program, "save_log", recorded)
+    program.main(["data", "-o", "m.pth"])
+    for part, used, apart in zip(("trainA", "trainB"), trained, measured[-2:], strict=True):
+        every = common.find_images(Path("data", part))
+        assert len(apart) == 3 and len(used) == len(every) - 3
+        shown = [common.load_image(path, shorter=36) for path in every if path not in used]
+        equal(apart, shown)
+
+
+def test_pictures_have_the_sizes_of_their_stage_in_turns(tiny, monkeypatch):
+    seen = []
+    crops = common.Crops
+
+    def recorded(domains, load_size, crop_size, seed, flip):
+        seen.append(load_size)
+        return crops(domains, load_size, crop_size, seed, flip)
+
+    monkeypatch.setattr(common, "Crops", recorded)
+    data = program.Pictures([common.find_images(Path("data/trainA"))] * 2)
+    shapes = {tuple(crop.shape) for i in range(6) for crop in data[i]}
+    assert shapes == {(3, 32, 32)}
+    assert seen == [32, 32, 34, 40, 34, 40]
+
+
+def test_a_step_minimises_the_papers_losses_by_E_and_spikes(tiny):
+    """Spikes are values of the last block above 8, in all passes of both networks."""
+    ours, (x, y) = trainer(), torch.rand(2, 1, 3, 32, 32)
+    for network in (ours.G, ours.F):
+        network.model[7].weight.data *= 100
+        network.model[8] = torch.nn.Identity()  # without its norm, the block gets large values
+    networks = ours.G, ours.F, ours.E_X, ours.E_Y
+    expected, G_x, F_y = cyclegan.generator_losses(*networks, x, y, 1.0, 0.0)  # the second stage
+    assert len(ours.maps) == 4  # of G(x), F(y) and the ways back
+    excess = sum(((f.abs() - 8).clamp(min=0) ** 2).mean() for f in ours.maps)
+    assert excess > 1
+    weights = [*ours.G.parameters(), *ours.F.parameters()]
+    gradients = torch.autograd.grad(expected["total"] + 0.15 * excess, weights)
+    seen = [ours.E_X.see(x), ours.E_X.see(F_y), ours.E_Y.see(y), ours.E_Y.see(G_x)]
+    for name, E, real, made in (("E_X", ours.E_X, *seen[:2]), ("E_Y", ours.E_Y, *seen[2:])):
+        expected[name] = (((E.judge(real) - 1) ** 2).mean() + (E.judge(made) ** 2).mean()) / 2
+    before = ours.E_X.heads[0][0].weight.clone()
+    losses = ours.step(2, x, y)
+    for name in ("total", "G", "F", "cycle", "E_X", "E_Y"):
+        assert losses[name].item() == pytest.approx(expected[name].item(), rel=1e-4)
+    assert losses["spikes"].item() == pytest.approx(excess.item(), rel=1e-4)
+    torch.testing.assert_close([p.grad for p in weights], list(gradients), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(ours.E_X.heads[0][0].weight, before)
+    assert E(torch.rand(1, 3, 64, 96)).shape == (1, 2, 16, 24)  # H/4, W/4
+
+
+def test_E_is_shown_the_newest_picture_and_others_of_its_kind(tiny):
+    ours = trainer()
+    store, pictures = program.Store(ours.E_Y), torch.rand(6, 1, 3, 32, 32)
+    random = torch.Generator().manual_seed(0)
+    for picture in pictures:
+        store.add(picture.requires_grad_())
+        shown = store.draw(random)
+        assert [layer.shape[0] for layer in shown] == [3, 3]
+        newest = ours.E_Y.see(picture)
+        equal([layer[:1] for layer in shown], newest)
+        assert not any(layer.requires_grad for layer in shown)
+    kept = [ours.E_Y.see(picture) for picture in pictures[-4:]]  # STORED
+    drawn = torch.cat([store.draw(random)[1] for _ in range(40)])  # of the second layer
+    seen = {k for layer in drawn for k in range(4) if torch.equal(kept[k][1][0], layer)}
+    assert seen == {0, 1, 2, 3}
+    other = program.Store(ours.E_Y)
+    other.load_state_dict(store.state_dict())
+    equal(
+        other.draw(torch.Generator().manual_seed(1)), store.draw(torch.Generator().manual_seed(1))
+    )
+
+
+def test_E_judges_each_layer_alike_in_units_of_real_maps(tiny):
+    """What is random stays, VGG is not saved, and a faint picture looks faint: there is no norm."""
+    ours, x = trainer(), torch.rand(2, 3, 32, 32)
+    E = ours.E_X
+    assert {name.split(".")[0] for name in E.state_dict()} == {"mix_0", "mix_1", "mix_2", "heads"}
+    judged = 0
+    for mix, head, f in zip(E.buffers(), E.heads, E.vgg[0](x, E.layers).values(), strict=True):
+        verdict = head(torch.einsum("dc,bchw->bdhw", mix[..., 0, 0], f))
+        judged += (verdict - 1).square().mean() / 3
+    torch.testing.assert_close((E(x) - 1).square().mean(), judged)
+    E = program.FeatureDiscriminator(
+        common.VGG(["relu3_2", "relu4_3"], "vgg19"), ["relu3_2", "relu4_3"], x
+    )
+    for mix, f in zip(E.buffers(), E.vgg[0](x).values(), strict=True):
+        assert mix.std() * f.mean() == pytest.approx((2 / f.shape[1]) ** 0.5, rel=0.05)
+    kinds = (torch.nn.Conv2d, torch.nn.LeakyReLU)
+    assert all(isinstance(layer, kinds) for head in E.heads for layer in head)
+
+
+def test_the_rate_falls_in_the_last_stage_and_E_is_clipped(tiny, monkeypatch):
+    ours, clipped, clip = trainer(), [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, most: clipped.append(most) or clip(p, most)
+    )
+    rates = []
+    for i in range(6):
+        ours.step(i, *torch.rand(2, 1, 3, 32, 32))
+        rates.append(ours.optimizer_G.param_groups[0]["lr"])
+    assert rates == pytest.approx([2e-4, 2e-4, 2e-4, 1.5e-4, 1e-4, 0.5e-4])
+    assert ours.optimizer_E.param_groups[0]["lr"] == 2e-4
+    assert clipped == [1] * 12
+    gradients = [p.grad.norm() for E in (ours.E_X, ours.E_Y) for p in E.parameters()]
+    assert torch.stack(gradients).norm() < 2**0.5 + 1e-3
+
+
+def test_colors_are_matched():
+    """What is made has the mean and the covariance of the targets; only the last layer changes."""
+    torch.manual_seed(0)
+    network = cyclegan.Generator(1, 4, "nearest").eval()
+    network.model[-2].weight.data *= 3
+    first = network.model[1].weight.clone()
+    sources = list(torch.rand(6, 1, 3, 32, 40))
+    targets = list(0.2 + 0.6 * torch.rand(6, 1, 3, 32, 40) ** torch.tensor([1, 2, 3]).view(3, 1, 1))
+    targets = [0.7 * picture + 0.3 * picture.mean(1, keepdim=True) for picture in targets]
+    program.match_colors(network, sources, targets)
+    made = [cyclegan.translate(network, picture, "float32") for picture in sources]
+    made, real = (
+        torch.cat([p[..., ::4, ::4].flatten(2)[0] for p in part], 1) for part in (made, targets)
+    )
+    torch.testing.assert_close(made.mean(1), real.mean(1), rtol=0, atol=0.01)
+    torch.testing.assert_close(torch.cov(made), torch.cov(real), rtol=0, atol=0.01)
+    assert torch.equal(network.model[1].weight, first)
+
+
+def test_kid_by_loops():
+    """Bińkowski et al. 2018, Eq. 4: k(a, b) = (a·b / d + 1)³, without pairs of one with itself."""
+    made, real = torch.rand(4, 5, 7).double()[:2]
+    a, b = (f / (3 * real.std(0).mean()) for f in (made, real))
+
+    def mean(x, y, same):
+        pairs = [(i, j) for i in range(5) for j in range(5) if not same or i != j]
+        return sum((float(x[i] @ y[j]) / 7 + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert program.kid(made, real) == pytest.approx(expected)
+    vgg = common.VGG(["relu1_1"], "vgg19", "random")
+    f = program.features(vgg, list(torch.rand(3, 1, 3, 128, 128)))
+    assert f.shape == (3, 128)
