@@ -619,8 +619,6 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     start = "go on from horse2zebra, a file, or two of the authors' generators, X → Y and Y → X"
     add("--start-from", nargs="+", type=model_file, default=(), metavar="MODEL", help=start)
     add("--export", type=Path, metavar="FILE", help="write G and F alone, too, in half precision")
-    keep = "keep such a file of every so many epochs: epoch_020.pth beside its sheet"
-    add("--keep-every", type=number(int, 1), metavar="EPOCHS", help=keep)
     add = sub.add_argument_group("training").add_argument
     add("--epochs", type=number(int), default=100, help="passes through the larger set, at --lr")
     decay = "epochs after these in which the rate falls to 0"
