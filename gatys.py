@@ -163,6 +163,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], vgg: VGG, args: Namespace) 
     It yields the picture and its losses after every step. The first pictures are small (see
     `plan_scales`).
     """
+    common.check_memory(content, bytes_a_pixel(content, args))
     content, styles = prepare_colors(content, styles, args)
     picture = None
     for scale in plan_scales(content, args):
@@ -977,7 +978,6 @@ def paint_file(
     content: Tensor, styles: Sequence[Tensor], vgg: VGG, args: Namespace, command: Sequence[str]
 ) -> None:
     """Paint a photo into `args.output`. Whatever stops it, the best picture so far is written."""
-    common.check_memory(content, bytes_a_pixel(content, args))
     files = extras(args.output, args)
     if args.save_all:  # of an earlier run
         for old in files["_frames"].glob("[0-9][0-9][0-9][0-9].png"):

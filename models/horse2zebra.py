@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path, help="a folder with trainA, horses, and trainB, zebras")
     parser.add_argument("-o", "--output", type=Path, default=Path("models/horse2zebra.pth"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
-    defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY}
+    defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY, "keep_every": None}
     args = parser.parse_args(argv, argparse.Namespace(**defaults, load_size=LOAD_SIZE))
     networks = train(args, str(args.output.with_suffix("")))
     state = {"args": common.plain(args), "step": len(SCHEDULE)}
