@@ -981,7 +981,7 @@ class Training:
             self.step = int(state["step"] * ratio + 1e-6)
             for row in state["history"]:
                 row = {name: float(value) for name, value in row.items()}
-                self.history.append(row | {"step": row["step"] * ratio})
+                self.history.append(row | {"step": round(row["step"] * ratio)})
         except Exception as error:  # a foreign file can fail anywhere
             what = "no checkpoint of this script's train with these flags"
             raise InputError(f"{self.checkpoint} is {what}") from error
