@@ -165,20 +165,21 @@ def paint(content: Tensor, styles: Sequence[Tensor], vgg: VGG, args: Namespace) 
     """
     common.check_memory(content, bytes_a_pixel(content, args))
     content, styles = prepare_colors(content, styles, args)
-    picture = None
+    best = None
     for scale in plan_scales(content, args):
         photo = widen(resize(content, scale.factor))
-        paintings = [resize(style, scale.factor) for style in styles]
-        if picture is None:
+        paintings = [resize(style, factor_of(style, scale.factor)) for style in styles]
+        if best is None:
             vgg = normalize(vgg, photo, paintings, args)
             x = start(photo, styles, args)
         else:
-            size = [side - 2 * MARGIN for side in photo.shape[-2:]]
-            x = widen(nnf.interpolate(picture, size, mode="bicubic").clamp(0, 1))
+            x = widen(enlarge(best[0], narrow(photo)))
         objective = make_objective(vgg, photo, paintings, scale.style_layers, args)
         for painted, losses in optimize(x, objective, scale.steps, args):
-            picture = narrow(painted).clamp(0, 1)
-            yield picture, losses
+            frame = narrow(painted).clamp(0, 1), losses
+            if better(frame, best):
+                best = frame
+            yield frame
 
 
 def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Tensor:
@@ -440,6 +441,16 @@ def narrow(image: Tensor) -> Tensor:
     return image[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
 
 
+def enlarge(picture: Tensor, photo: Tensor) -> Tensor:
+    """Enlarge a picture to the size of `photo`."""
+    return nnf.interpolate(picture, photo.shape[-2:], mode="bicubic").clamp(0, 1)
+
+
+def factor_of(painting: Tensor, factor: float) -> float:
+    """Return `factor`, or what leaves a painting 16 px a side: VGG pools four times."""
+    return max(factor, 16 / min(painting.shape[-2:]))
+
+
 def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") -> Tensor:
     """Scale a mask, or a picture, on the CPU to the size of an image that has a margin."""
     size = [side - 2 * margin for side in image.shape[-2:]]
@@ -542,7 +553,7 @@ def prepare_colors(
 def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
     """After painting, scale a picture to the size of `content`, and give back colours and α."""
     if picture.shape != content.shape:
-        picture = nnf.interpolate(picture, content.shape[-2:], mode="bicubic").clamp(0, 1)
+        picture = enlarge(picture, content)
     if args.preserve_color == "luminance":
         picture = keep_color(picture, content)
     if args.alpha is not None:
