@@ -240,6 +240,7 @@ class CycleGAN:
             losses, G_x, F_y = generator_losses(self, x, y)
         self.optimizer_G.zero_grad()
         losses["total"].backward()
+        common.average_gradients(self.optimizer_G)
         self.optimizer_G.step()
         self.G_ema.update_parameters(self.G)
         self.F_ema.update_parameters(self.F)
@@ -251,6 +252,7 @@ class CycleGAN:
             losses |= {name: discriminator_loss(D, *pictures[name[-1]]) for name, D in self.discriminators.items()}
         self.optimizer_D.zero_grad()
         sum(losses[name] for name in self.discriminators).backward()
+        common.average_gradients(self.optimizer_D)
         self.optimizer_D.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -262,7 +264,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
-    epoch_steps = math.ceil(max(len(X), len(Y)) / args.batch_size)  # the larger domain once
+    epoch_steps = math.ceil(max(len(X), len(Y)) / (args.batch_size * common.process_count()))  # larger domain once
     steps = min(epoch_steps * (args.epochs + args.decay_epochs), args.max_steps or sys.maxsize)
 
     torch.manual_seed(args.seed)
