@@ -24,13 +24,14 @@ import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import PIL
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageCms, ImageFilter, ImageOps, ImageSequence, ImageStat, PngImagePlugin
 from torch import Tensor, nn
@@ -960,8 +961,10 @@ class Training:
     epoch: int | None = None  # steps after which a checkpoint is due in any case
 
     def __post_init__(self) -> None:
+        join_processes(self.device, self.parts.values())
         self.step = 0
-        self.pace = self.epoch or 1 / self.args.batch_size  # steps for an epoch, or for a picture
+        self.batch = self.args.batch_size * process_count()  # pictures a step, in all processes
+        self.pace = self.epoch or 1 / self.batch  # steps for an epoch, or for a picture
         self.stopping = False
         self.history: list[dict[str, float]] = []  # {"step": …, loss: …}
         if self.args.resume and self.checkpoint.exists():
@@ -989,21 +992,22 @@ class Training:
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
         """Yield each batch that is left, on the device; `log` ends the step."""
         print(f"training on {self.device} in {self.precision}", file=sys.stderr)
-        if self.history:  # it may have been killed after its checkpoint
+        if self.history and process_rank() == 0:  # it may have been killed after its checkpoint
             self.save_results()
         if self.step >= self.steps:
             done = f"{self.checkpoint} is of step {self.step} of {self.steps}"
             print(f"nothing is left to do: {done}; give more iterations or epochs", file=sys.stderr)
-        size = self.args.batch_size
+        first = self.step * self.batch + process_rank()
         loader = DataLoader(
             data,
-            batch_size=size,
-            sampler=range(self.step * size, self.steps * size),
+            batch_size=self.args.batch_size,
+            sampler=range(first, self.steps * self.batch, process_count()),
             num_workers=self.args.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
         )
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step")
+        quiet = process_rank() > 0
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=quiet)
         with self.bar, self._catching_ctrl_c():
             for batch in loader:
                 yield [x.to(self.device, non_blocking=True) for x in batch]
@@ -1023,11 +1027,14 @@ class Training:
     def _interrupt(self, *signal_and_frame: object) -> None:
         """Let the first Ctrl-C end the training after its step; a second one ends it at once."""
         self.stopping = True
+        if process_count() > 1:  # torchrun sends each Ctrl-C on, so that it comes twice
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nending after this step; again: at once\n")  # print could be in mid-line
 
     def log(self, losses: dict[str, Tensor | float]) -> None:
         """End a step: write its losses down, save and stop where that is due."""
+        self.stopping = any_process(self.stopping)
         self.step += 1
         self.bar.update()
         finite = True
@@ -1056,6 +1063,8 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint, and then its results."""
+        if process_rank() > 0:
+            return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         progress = {"step": self.step, "pace": self.pace, "history": self.history}
         settings = {"args": plain(self.args)}
@@ -1067,6 +1076,66 @@ class Training:
         name = self.checkpoint.name.replace("checkpoint.pth", "losses.csv")
         save_losses(self.history, self.checkpoint.with_name(name))
         self.sample(self.step)
+
+
+# torchrun --nproc-per-node N johnson.py train … starts N processes, on one GPU each. Each computes
+# the gradients of its own crops. The first one, of rank 0, writes and prints.
+
+
+def process_count() -> int:
+    """Return how many processes torchrun has started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def process_rank() -> int:
+    """Return which of the processes this is, from 0."""
+    return int(os.environ["RANK"]) if process_count() > 1 else 0
+
+
+def join_processes(device: torch.device, parts: Iterable[Any]) -> None:
+    """Connect the processes, if there are several; InputError if a network has batch norm."""
+    if process_count() == 1:
+        return
+    networks = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+    if any(isinstance(module, nn.BatchNorm2d) for module in networks.modules()):
+        raise InputError("several processes cannot train --norm batch: choose instance")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Average gradients over all processes, so that each makes the same step; alone, do nothing."""
+    if process_count() == 1:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _all_reduce(parameter.grad, dist.ReduceOp.SUM)
+            parameter.grad /= process_count()
+
+
+def any_process(flag: bool) -> bool:
+    """Return True if a flag is set in any of the processes."""
+    if process_count() == 1:
+        return flag
+    return bool(_all_reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX))
+
+
+def _all_reduce(x: Tensor, operation: dist.ReduceOp) -> Tensor:
+    try:
+        dist.all_reduce(x, operation)
+    except RuntimeError as error:
+        raise InputError("another process has ended: see what it says") from error
+    return x
+
+
+@contextmanager
+def one_process_prints() -> Iterator[None]:
+    """Drop what all processes but the first print."""
+    if process_rank() == 0:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -1216,11 +1285,14 @@ def _resume(
     state = load_checkpoint(checkpoint)
     _resumed[_version(checkpoint)] = state
     try:
-        saved = dict(json.loads(json.dumps(state["args"])))
-    except (KeyError, TypeError, ValueError) as error:
+        names = state["args"].keys() & vars(args).keys() - {"command", "output", "resume"}
+        before = json.loads(json.dumps({name: state["args"][name] for name in names}))
+        defaults = plain(Namespace(**{name: command.get_default(name) for name in names}))
+        for name in names:
+            if defaults[name] is not None and type(before[name]) is not type(defaults[name]):
+                raise TypeError(name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{checkpoint} is no checkpoint of this script's train") from error
-    names = saved.keys() & vars(args).keys() - {"command", "output", "resume"}
-    before = {name: saved[name] for name in names}
     command.set_defaults(**before)
     args = command.parse_intermixed_args(argv[1:], Namespace(command=argv[0]))
     for name in NETWORK:
@@ -1259,7 +1331,8 @@ def one_line_errors() -> Iterator[None]:
         # Help has α and …, and file names have anything; a Windows pipe or log may not show it.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with one_process_prints():
+            yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -1299,6 +1372,8 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "mps"
     elif name == "auto":
         name = "cpu"
+    if name == "cuda" and process_count() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         x = torch.zeros(1, device=name)
         x.cpu()  # which `meta` has no values for

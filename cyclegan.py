@@ -306,6 +306,7 @@ class CycleGAN:
             losses, G_x, F_y = generator_losses(self.G, self.F, self.D_X, self.D_Y, x, y, *weights)
         self.optimizer_G.zero_grad()
         losses["total"].backward()
+        common.average_gradients(self.optimizer_G)
         self.optimizer_G.step()
         self.G_ema.update_parameters(self.G)
         self.F_ema.update_parameters(self.F)
@@ -318,6 +319,7 @@ class CycleGAN:
             losses["D_Y"] = discriminator_loss(self.D_Y, y, self.pool_Y.query(G_x))
         self.optimizer_D.zero_grad()
         (losses["D_X"] + losses["D_Y"]).backward()
+        common.average_gradients(self.optimizer_D)
         self.optimizer_D.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -328,7 +330,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
-    epoch_steps = math.ceil(max(len(X), len(Y)) / args.batch_size)  # the larger domain once
+    at_once = args.batch_size * common.process_count()
+    epoch_steps = math.ceil(max(len(X), len(Y)) / at_once)  # the larger domain once
     steps = epoch_steps * (args.epochs + args.decay_epochs)
     if args.max_steps:
         steps = min(steps, args.max_steps)

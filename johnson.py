@@ -188,6 +188,7 @@ def step(f_W: TransformNet, objective: Objective, optimizer: torch.optim.Optimiz
     losses = objective(y_hat, x)
     optimizer.zero_grad()
     losses["total"].backward()
+    common.average_gradients(optimizer)
     optimizer.step()
     return {name: loss.detach() for name, loss in losses.items()}
 

@@ -1054,9 +1054,38 @@ def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails
     assert "exists" in fails(training.format("a"), 2)
     path = next(Path("a").glob("*checkpoint.pth"))
     saved, name = common.load_checkpoint(path), "model" if "johnson" in training else "G"
-    for damaged in (saved | {name: {}}, saved | {"step": None}, {"weights": torch.rand(3)}):
+    optimizer = "optimizer" if name == "model" else "optimizer_D"
+
+    def other(**changes):
+        """Change the moments of the optimiser's first parameter."""
+        entries = saved[optimizer]["state"]
+        return {optimizer: saved[optimizer] | {"state": entries | {0: entries[0] | changes}}}
+
+    moment = saved[optimizer]["state"][0]["exp_avg"]
+    damages = [
+        {name: {}},
+        {name: torch.rand(3)},
+        {"step": None},
+        {"history": [{"step": "many"}]},
+        {"pace": "slow"},
+        {optimizer: {}},
+        other(exp_avg=moment[:1]),
+        other(exp_avg=moment.flatten(1).to_sparse()),
+        other(exp_avg_sq=None),
+        other(step=torch.ones(2)),
+        other(more=moment),
+        {"args": None},
+        {"args": saved["args"] | {"lr": torch.rand(2)}},
+        {"args": saved["args"] | {"lr": None}},
+        {"args": saved["args"] | {"seed": 3.5}},
+        {"args": saved["args"] | {"checkpoint_every": {}}},
+    ]
+    for damaged in (*(saved | damage for damage in damages), {"weights": torch.rand(3)}):
         torch.save(damaged, path)
         assert "checkpoint" in fails(training.format("a"), 2, "--resume")
+    settings = saved[optimizer]["param_groups"][0] | {"eps": None, "betas": None, "maximize": 1}
+    torch.save(saved | {optimizer: saved[optimizer] | {"param_groups": [settings]}}, path)
+    run(training.format("a"), 3, "--resume")  # settings are those of the command line
 
 
 def test_a_resumed_training_reads_its_checkpoint_once(training, monkeypatch):
@@ -1182,3 +1211,103 @@ def test_thin_pictures_are_passed_over_in_a_training(capsys):
     told = capsys.readouterr().err
     assert told.count("x/long.png is passed over: it is thinner than 8 : 1") == 2
     assert told.count("x/high.png") == 2
+
+
+# --- Several processes --------------------------------------------------------------------
+
+several = pytest.mark.skipif(os.name == "nt", reason="needs gloo and signals")
+
+
+@contextlib.contextmanager
+def torchrun(command, *more):
+    """Run a command in two processes, as torchrun does, and wait for it."""
+    Path("program.py").write_text("import conftest, sys\nconftest.run(*sys.argv[1:])\n")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["program.py", command, *map(str, more)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with Path("log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        yield process
+        process.wait(200)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(word, process):
+    """Wait until a process has told something."""
+    while word not in Path("log").read_text():
+        assert process.poll() is None, Path("log").read_text()
+        time.sleep(0.05)
+
+
+def moments(folder):
+    """Return the averages of gradients that Adam has, of each weight."""
+    saved = state(folder)
+    optimizers = [saved[name]["state"] for name in saved if name.startswith("optimizer")]
+    return [entry["exp_avg"] for optimizer in optimizers for entry in optimizer.values()]
+
+
+@several
+def test_two_processes_train_as_one_with_twice_the_batch(training):
+    """Each with its own crops; and a training goes on with more processes, or fewer."""
+    command = training.replace("--batch-size 2", "").replace("--pool-size 2", "--pool-size 0")
+    command += " {}"
+    run(command.format("one", 3), "--batch-size", 4)
+    for step, count in ((1, 1), (2, 2), (3, 1)):
+        if count == 1:
+            run(command.format("two", step), "--batch-size", 4, "--resume")
+            continue
+        with torchrun(command.format("two", step), "--batch-size", 2, "--resume") as process:
+            pass
+        told = Path("log").read_text()
+        assert process.returncode == 0, told
+        assert told.count("training on cpu") == 1 and "Traceback" not in told
+    assert state("two")["step"] == 3
+    for one, two in zip(moments("one"), moments("two"), strict=True):
+        assert (one - two).abs().max() < 0.02 * one.abs().max() + 1e-5
+
+
+@several
+def test_ctrl_c_ends_all_processes_after_a_checkpoint():
+    """torchrun sends each of them the signal that a terminal has sent already."""
+    save_noise("style.png", *(f"x/{i}.png" for i in range(5)))
+    with torchrun(TRAININGS["johnson"].format("a"), 10**5) as process:
+        wait_for("total", process)
+        os.killpg(process.pid, signal.SIGINT)
+    told = Path("log").read_text()
+    assert process.returncode != 0 and "interrupted: a/a.checkpoint.pth is written" in told
+    assert state("a")["step"] > 0
+
+
+@several
+def test_a_process_that_is_killed_ends_the_other():
+    save_noise("style.png", *(f"x/{i}.png" for i in range(5)))
+    command = TRAININGS["johnson"].format("a")
+    with torchrun(command, 10**5, "--seed", 17) as process:
+        wait_for("total", process)
+        words = ["pgrep", "-f", "-P", str(process.pid), "program.py"]
+        first, *_ = subprocess.run(words, capture_output=True, text=True).stdout.split()
+        os.kill(int(first), signal.SIGKILL)
+        started = time.monotonic()
+    assert process.returncode != 0 and time.monotonic() - started < 60
+
+
+def test_each_process_knows_its_place(monkeypatch, capsys):
+    assert (common.process_count(), common.process_rank()) == (1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without torchrun, it means something else
+    monkeypatch.setenv("RANK", "1")
+    assert (common.process_count(), common.process_rank()) == (1, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert (common.process_count(), common.process_rank()) == (2, 1)
+    with pytest.raises(InputError, match="--norm batch"):
+        common.join_processes(
+            torch.device("cpu"), [3, torch.nn.Sequential(torch.nn.BatchNorm2d(2))]
+        )
+    with pytest.raises(SystemExit, match="2"), common.one_line_errors():
+        print("not shown")
+        print("not shown", file=sys.stderr)
+        raise InputError("shown")
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == "error: shown\n"
