@@ -25,26 +25,38 @@ def random_weights(arch):
     """Draw He-normal weights and small biases for VGG, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in getattr(torchvision.models, arch)().features.state_dict().items()}
-    spread = {key: (2 / shape[1:].numel()) ** 0.5 if len(shape) == 4 else 0.1 for key, shape in shapes.items()}
-    return arch, {key: spread[key] * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        shapes = {
+            key: value.shape
+            for key, value in getattr(torchvision.models, arch)().features.state_dict().items()
+        }
+    spread = {
+        key: (2 / shape[1:].numel()) ** 0.5 if len(shape) == 4 else 0.1
+        for key, shape in shapes.items()
+    }
+    return arch, {
+        key: spread[key] * torch.randn(shape, generator=generator) for key, shape in shapes.items()
+    }
 
 
-common._load_weights = lambda arch, weights: random_weights(arch) if weights == "random" else load(arch, weights)
+common._load_weights = lambda arch, weights: (
+    random_weights(arch) if weights == "random" else load(arch, weights)
+)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in its background ignore it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell lets what runs in its background ignore it
 
 SCRIPTS = {"gatys.py": gatys, "johnson.py": johnson, "cyclegan.py": cyclegan}
 TINY = {  # what makes each command small enough for a test
-    "gatys.py": """--image-size 48 --num-steps 2 --lbfgs-iters 1 --vgg-weights random --content-layers relu2_2
-        --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
+    "gatys.py": """--image-size 48 --num-steps 2 --lbfgs-iters 1 --vgg-weights random
+        --content-layers relu2_2 --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
     "johnson.py stylize": "--precision float32 --device cpu",
-    "johnson.py train": """--crop-size 16 --style-size 32 --batch-size 2 --iterations 1 --decay-iterations 0
-        --workers 0 --vgg vgg16 --vgg-weights random --content-layer relu2_1 --style-layers relu1_1 relu2_1
-        --precision float32 --device cpu""",
+    "johnson.py train": """--crop-size 16 --style-size 32 --batch-size 2 --iterations 1
+        --decay-iterations 0 --workers 0 --vgg vgg16 --vgg-weights random --content-layer relu2_1
+        --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
     "cyclegan.py translate": "--precision float32 --device cpu",
-    "cyclegan.py train": """--crop-size 32 --width 4 --blocks 1 --max-steps 1 --workers 0 --precision float32
-        --device cpu""",
+    "cyclegan.py train": """--crop-size 32 --width 4 --blocks 1 --max-steps 1 --workers 0
+        --precision float32 --device cpu""",
 }
 
 
@@ -58,7 +70,25 @@ def split(command):
 def run(command, *more):
     """Run a command line of one of the scripts, made tiny unless it says otherwise."""
     (script, *sub), arguments = split(command)
-    SCRIPTS[script].main([*sub, *TINY[" ".join([script, *sub])].split(), *arguments, *map(str, more)])
+    SCRIPTS[script].main(
+        [*sub, *TINY[" ".join([script, *sub])].split(), *arguments, *map(str, more)]
+    )
+
+
+SMALL = {  # options of gatys.stylize: few small layers, few steps
+    "vgg_weights": "random",
+    "content_layers": ["relu2_2"],
+    "style_layers": ["relu1_1", "relu2_1"],
+    "style_weight": 1.0,
+    "num_steps": 2,
+    "lbfgs_iters": 3,
+    "precision": "float32",
+}
+
+
+def tiny(content, styles=(), **options):
+    """Paint as gatys.stylize does, by default with SMALL options."""
+    return gatys.stylize(content, styles, **(SMALL | options))
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +99,10 @@ def working_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails(capsys):
-    """Return a function that runs a command line, demands status 2 and one line of error, and returns that line."""
+    """Return a function that runs a command line that must fail, and returns the error.
+
+    It demands status 2, and that the error is one line, the last one.
+    """
 
     def fails(command, *more):
         with pytest.raises(SystemExit, match="2"):
@@ -85,7 +118,9 @@ def save_noise(*paths, size=(48, 48)):
     """Write small pictures of noise, each another one, in folders that are made."""
     for number, path in enumerate(map(Path, paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        common.to_pil(torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))).save(path)
+        common.to_pil(
+            torch.rand(3, *size[::-1], generator=torch.Generator().manual_seed(number))
+        ).save(path)
 
 
 def provenance(path):
@@ -95,14 +130,22 @@ def provenance(path):
 
 
 def files(folder="."):
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+    return sorted(
+        str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()
+    )
 
 
 def state(folder):
     """Read all that a training changes."""
     saved = common.load_checkpoint(next(Path(folder).glob("*checkpoint.pth")))
-    names = "G F D_X D_Y optimizer_G optimizer_D pool_X pool_Y G_ema F_ema" if "G" in saved else "model optimizer"
-    return {name: saved[name] for name in (*names.split(), "step", *({"E_X", "E_Y"} & saved.keys()))}
+    names = (
+        "G F D_X D_Y optimizer_G optimizer_D pool_X pool_Y G_ema F_ema"
+        if "G" in saved
+        else "model optimizer"
+    )
+    return {
+        name: saved[name] for name in (*names.split(), "step", *({"E_X", "E_Y"} & saved.keys()))
+    }
 
 
 equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # of states: bit for bit
