@@ -1,6 +1,7 @@
-"""Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, all rows by default.
+"""Measure what the README states: `python tests/benchmark.py [--quick] [ROW …]`, by default all.
 
-A row has the time and memory of a step, and the time of the same step as it is commonly written, in float32.
+A row has the time and memory of a step, and the time of the same step as commonly written, in
+float32. Others say how good the results are.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,17 @@ sys.path.insert(0, str(ROOT := Path(__file__).resolve().parent.parent))
 import cyclegan
 import gatys
 import johnson
-from common import VGG, find_images, load_checkpoint, load_image, pick_device, pick_precision, rescale
+from common import (
+    VGG,
+    find_images,
+    gram_matrix,
+    load_checkpoint,
+    load_image,
+    pick_device,
+    pick_precision,
+    rescale,
+    resize,
+)
 from models.horse2zebra import features, kid
 
 PRECISION = pick_precision("auto", DEVICE := pick_device())
@@ -28,54 +40,82 @@ def example(name, size, **options):
 
 
 def plain_gram(f):
-    return f.flatten(2) @ f.flatten(2).mT / f[0].numel()  # as it is commonly written
+    return f.flatten(2) @ f.flatten(2).mT / f[0].numel()
+
+
+def plain_loss(F, P, G, content_layers, style_layers):
+    """Compute a loss as it is commonly written, of the maps F of x, P of the photo."""
+    content = sum((F[layer] - P[layer]).square().mean() for layer in content_layers)
+    style = sum((plain_gram(F[layer]) - G[layer]).square().sum() for layer in style_layers)
+    return content + style
 
 
 def gatys_evaluation(size):
-    """Return functions that compute the loss of the default command and its gradient: as it is here, and plainly."""
+    """Return functions that compute losses of a coarser scale and their gradient, and plainly."""
     content, style = example("content", size), example("style", size)
     args = gatys.settings(content, [style])
-    options = [*args.content_layers, *args.style_layers], "vgg19", "auto", "avg"
-    objective = gatys.Objective(rescale(VGG(*options, PRECISION).to(DEVICE), [content, style]), content, [style], args)
-    vgg = VGG(*options).to(DEVICE, memory_format=torch.contiguous_format)
+    network = rescale(gatys.network(DEVICE, args), [content, style])
+    objective = gatys.make_objective(network, content, [style], args.style_layers, args)
+    vgg = VGG(network.layers, "vgg19", pooling="avg").to(DEVICE)
     with torch.no_grad():
-        P, S = vgg(content), vgg(style)
+        P, G = vgg(content), {layer: plain_gram(f) for layer, f in vgg(style).items()}
 
     def plain():
         F = vgg(content.clone().requires_grad_())
-        style = sum((plain_gram(F[layer]) - plain_gram(S[layer])).square().sum() for layer in args.style_layers)
-        (style + sum((F[layer] - P[layer]).square().mean() for layer in args.content_layers)).backward()
+        plain_loss(F, P, G, args.content_layers, args.style_layers).backward()
 
     return lambda: objective(content.clone().requires_grad_())["total"].backward(), plain
 
 
+def gatys_style(size):
+    """Print the share of the photo's style distance that the default command leaves.
+
+    The distance is the mean over the layers of ¼ Σ (G − A)², with all pictures at a longer side of
+    so many px, and VGG in units of its mean activation over the photo and the painting.
+    """
+    photo, painting = example("content", size), example("style", size)
+    pictures = [gatys.stylize(photo, [painting]), photo, painting]
+    vgg = VGG(gatys.STYLE_LAYERS, "vgg19", pooling="avg").to(DEVICE)
+    for side in (128, 256, 384):
+        scaled = [resize(picture, side / max(picture.shape)) for picture in pictures]
+        unit = rescale(vgg, scaled[1:])
+        G, before, A = ([gram_matrix(f) for f in unit(image).values()] for image in scaled)
+        left = sum(map(gatys.style_loss, G, A)) / sum(map(gatys.style_loss, before, A))
+        print(f"gatys-style         {size:>4} px leaves {left:.3f} at {side} px", flush=True)
+
+
 def johnson_step(size):
     """Return functions that train on a batch of 4; plainly, all of VGG is run on the photos too."""
-    x, y_s, f_W = torch.rand(4, 3, size, size, device=DEVICE), example("style", 512), johnson.TransformNet().to(DEVICE)
-    args, optimizer = johnson.parse_args(["train", "--style", "", "--data", ""]), torch.optim.Adam(f_W.parameters())
+    x, y_s = torch.rand(4, 3, size, size, device=DEVICE), example("style", 512)
+    f_W = johnson.TransformNet().to(DEVICE)
+    args = johnson.parse_args(["train", "--style", "", "--data", ""])
+    optimizer = torch.optim.Adam(f_W.parameters())
     layers = [args.content_layer, *args.style_layers]
-    objective = johnson.Objective(VGG(layers, "vgg19", precision=PRECISION).to(DEVICE), y_s, args)
+    phi = VGG(layers, "vgg19", precision=PRECISION).to(DEVICE)
+    objective = johnson.Objective(phi, y_s, args)
     vgg = VGG(layers, "vgg19").to(DEVICE, memory_format=torch.contiguous_format)
 
     def plain():
-        f, target = vgg(f_W(x)), vgg(x)
-        style = sum((plain_gram(f[layer]) - objective.G_s[layer]).square().sum() for layer in layers[1:])
+        loss = plain_loss(vgg(f_W(x)), vgg(x), objective.G_s, layers[:1], layers[1:])
         optimizer.zero_grad()
-        (style + (f[layers[0]] - target[layers[0]]).square().mean()).backward()
+        loss.backward()
         optimizer.step()
 
     return lambda: johnson.step(f_W, objective, optimizer, x), plain
 
 
 def johnson_stylize(size):
-    f_W, x = johnson.load_network(johnson.model_file("auvers")).to(DEVICE), torch.rand(1, 3, size, size, device=DEVICE)
+    f_W = johnson.load_network(johnson.model_file("auvers")).to(DEVICE)
+    x = torch.rand(1, 3, size, size, device=DEVICE)
     return lambda: johnson.stylize(f_W, x), lambda: johnson.stylize(f_W, x, precision="float32")
 
 
 def cyclegan_step(size):
-    x, y = torch.rand(2, 1, 3, size, size, device=DEVICE)  # batch 1, 9 blocks; plainly it is the same in float32
+    """Return functions that train on a batch of 1, with 9 blocks; plainly, in float32."""
+    x, y = torch.rand(2, 1, 3, size, size, device=DEVICE)
     args = cyclegan.parse_args(["train", "", ""])
-    ours, plain = (cyclegan.CycleGAN(args, DEVICE, precision) for precision in (PRECISION, torch.float32))
+    ours = cyclegan.CycleGAN(args, DEVICE, PRECISION)
+    plain = cyclegan.CycleGAN(args, DEVICE, torch.float32)
     return lambda: ours.step(x, y), lambda: plain.step(x, y)
 
 
@@ -87,33 +127,40 @@ def cyclegan_translate(size):
 def best(*steps, repeats=3):
     """Measure the shortest time of each step in seconds; the steps take turns."""
     times = [math.inf] * len(steps)
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(DEVICE.type, lambda: None)
+    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
     for i in [*range(len(steps))] * (repeats + 1):  # the first round warms up
         start = time.perf_counter()
         steps[i]()
-        wait()
+        waits.get(DEVICE.type, lambda: None)()
         times[i] = min(times[i], time.perf_counter() - start)
     return times
 
 
 def peak():
-    """Measure the most memory that this process has had, in GB; on a GPU, that of the tensors there."""
+    """Measure the most memory that this process has had, in GB; on a GPU, that of tensors there."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")  # of Linux
-    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e9 if status.exists() else math.nan
+    if not status.exists():
+        return math.nan
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e9
 
 
-def measure(name, sizes, repeats):  # a row for each size; the memory is that of a process of its own
+def measure(name, sizes, repeats):
+    """Print a row for each size. The memory is that of a process of its own."""
     before = None
     for size in sizes:
-        code = f"import benchmark as b; b.best(b.ROWS['{name}'][0]({size})[0], repeats=0); print(b.peak())"
-        alone = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+        step = f"b.ROWS['{name}'][0]({size})[0]"
+        code = f"import benchmark as b; b.best({step}, repeats=0); print(b.peak())"
+        command, folder = [sys.executable, "-c", code], Path(__file__).parent
+        alone = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if alone.returncode:
             return print(f"{name:<19} {size:>4} px  does not fit into memory")
         ours, plain = best(*ROWS[name][0](size), repeats=repeats)
-        text = f"{ours:>8.3f} s {float(alone.stdout):>6.2f} GB   plainly {plain:>7.3f} s: × {ours / plain:.2f}"
-        text += f"  time ∝ side^{math.log(ours / before[0], size / before[1]):.1f}" if before else ""
+        text = f"{ours:>8.3f} s {float(alone.stdout):>6.2f} GB   plainly {plain:>7.3f} s"
+        text += f": × {ours / plain:.2f}"
+        if before:
+            text += f"  time ∝ side^{math.log(ours / before[0], size / before[1]):.1f}"
         print(f"{name:<19} {size:>4} px {text}", flush=True)
         before = ours, size
 
@@ -139,25 +186,31 @@ def horse2zebra_kid(size):
 
 
 def johnson_claims(size):
-    """Print the L-BFGS iterations from noise to the loss of one pass (Fig. 5), and the time of 500 (Table 1)."""
-    x, args = example("content", size, center_crop=True), gatys.parse_args(["", "", "--init=noise", "--lbfgs-iters=1"])
+    """Print the L-BFGS iterations from noise to the loss of one pass (Fig. 5, Table 1)."""
+    x = example("content", size, center_crop=True)
+    args = gatys.parse_args(["", "", "--init=noise", "--lbfgs-iters=1"])
     for style in johnson.STYLES:
         f_W = johnson.load_network(johnson.model_file(style)).to(DEVICE)
         saved = argparse.Namespace(**load_checkpoint(johnson.model_file(style))["settings"])
-        vgg = VGG([saved.content_layer, *saved.style_layers], "vgg19", precision=PRECISION).to(DEVICE)
-        objective = johnson.Objective(vgg, example("style" if style == "auvers" else style, saved.style_size), saved)
+        layers = [saved.content_layer, *saved.style_layers]
+        vgg = VGG(layers, "vgg19", precision=PRECISION).to(DEVICE)
+        painting = example("style" if style == "auvers" else style, saved.style_size)
+        objective = partial(johnson.Objective(vgg, painting, saved), x=x)
         (seconds,), y_hat = best(lambda f_W=f_W: johnson.stylize(f_W, x)), johnson.stylize(f_W, x)
-        noise, reached, start = torch.rand(x.shape).to(DEVICE), objective(y_hat, x)["total"].item(), time.perf_counter()
-        for n, (_, losses) in enumerate(gatys.optimize(noise, lambda y, o=objective: o(y, x), 500, args), 1):
+        reached, start = objective(y_hat)["total"].item(), time.perf_counter()
+        noise = torch.rand(x.shape).to(DEVICE)
+        for n, (_, losses) in enumerate(gatys.optimize(noise, objective, 500, args), 1):
             if losses["total"] <= reached or n == 500:
-                times = 500 * (time.perf_counter() - start) / n / seconds
-                text = f"{style}: {n} iterations reach its loss (paper: 50–100), 500 take {times:.0f} × (about 1000)"
-                print(f"johnson-claims      {size:>4} px {seconds:>8.3f} s  {text}", flush=True)
                 break
+        times = 500 * (time.perf_counter() - start) / n / seconds
+        text = f"{style}: {n} iterations reach its loss (paper: 50–100), "
+        text += f"500 take {times:.0f} × (about 1000)"
+        print(f"johnson-claims      {size:>4} px {seconds:>8.3f} s  {text}", flush=True)
 
 
 ROWS = {  # what is measured, the sizes, and that of --quick
     "gatys-evaluation": (gatys_evaluation, [512, 1024], 256),
+    "gatys-style": (gatys_style, [512], 256),
     "johnson-step": (johnson_step, [256], 64),
     "johnson-stylize": (johnson_stylize, [512, 1024, 2048], 256),
     "cyclegan-step": (cyclegan_step, [256], 64),
@@ -174,5 +227,5 @@ if __name__ == "__main__":
     print(f"{DEVICE}, {torch.get_num_threads()} threads, {PRECISION}, torch {torch.__version__}")
     for name in args.rows:
         sizes = ROWS[name][2:] if args.quick else ROWS[name][1]
-        alone = ROWS[name][0] in (johnson_claims, horse2zebra_kid)
+        alone = ROWS[name][0] in (gatys_style, johnson_claims, horse2zebra_kid)
         ROWS[name][0](*sizes) if alone else measure(name, sizes, repeats=1 if args.quick else 3)

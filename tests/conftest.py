@@ -48,15 +48,15 @@ signal.signal(
 
 SCRIPTS = {"gatys.py": gatys, "johnson.py": johnson, "cyclegan.py": cyclegan}
 TINY = {  # what makes each command small enough for a test
-    "gatys.py": """--image-size 48 --num-steps 2 --lbfgs-iters 1 --vgg-weights random --content-layers relu2_2
-        --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
+    "gatys.py": """--image-size 48 --num-steps 2 --lbfgs-iters 1 --vgg-weights random
+        --content-layers relu2_2 --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
     "johnson.py stylize": "--precision float32 --device cpu",
-    "johnson.py train": """--crop-size 16 --style-size 32 --batch-size 2 --iterations 1 --decay-iterations 0
-        --workers 0 --vgg vgg16 --vgg-weights random --content-layer relu2_1 --style-layers relu1_1 relu2_1
-        --precision float32 --device cpu""",
+    "johnson.py train": """--crop-size 16 --style-size 32 --batch-size 2 --iterations 1
+        --decay-iterations 0 --workers 0 --vgg vgg16 --vgg-weights random --content-layer relu2_1
+        --style-layers relu1_1 relu2_1 --precision float32 --device cpu""",
     "cyclegan.py translate": "--precision float32 --device cpu",
-    "cyclegan.py train": """--crop-size 32 --width 4 --blocks 1 --max-steps 1 --workers 0 --precision float32
-        --device cpu""",
+    "cyclegan.py train": """--crop-size 32 --width 4 --blocks 1 --max-steps 1 --workers 0
+        --precision float32 --device cpu""",
 }
 
 
@@ -75,6 +75,22 @@ def run(command, *more):
     )
 
 
+SMALL = {  # options of gatys.stylize: few small layers, few steps
+    "vgg_weights": "random",
+    "content_layers": ["relu2_2"],
+    "style_layers": ["relu1_1", "relu2_1"],
+    "style_weight": 1.0,
+    "num_steps": 2,
+    "lbfgs_iters": 3,
+    "precision": "float32",
+}
+
+
+def tiny(content, styles=(), **options):
+    """Paint as gatys.stylize does, by default with SMALL options."""
+    return gatys.stylize(content, styles, **(SMALL | options))
+
+
 @pytest.fixture(autouse=True)
 def working_folder(tmp_path, monkeypatch):
     """Every test works in an empty folder of its own."""
@@ -83,7 +99,10 @@ def working_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails(capsys):
-    """Return a function that runs a command line, demands status 2 and one line of error, and returns that line."""
+    """Return a function that runs a command line that must fail, and returns the error.
+
+    It demands status 2, and that the error is one line, the last one.
+    """
 
     def fails(command, *more):
         with pytest.raises(SystemExit, match="2"):

