@@ -156,6 +156,8 @@ def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
             new.weight *= previous / mean
             new.bias /= mean
             previous = mean
+    if vgg.precision == torch.bfloat16:
+        rescaled.features.to(torch.bfloat16)  # once, where autocast would do it at each evaluation
     # Convolutions are faster in channels-last order. But Apple's GPUs compute wrong gradients in it
     # (pytorch issue 175190).
     if images[0].device.type == "mps":
@@ -243,7 +245,13 @@ def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
             T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
             f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
-        return f.mT @ f / (c * h * w)  # (B, C, C)
+        # Of G = Fᵀ F the gradient is F (g + gᵀ), as in Gatys Eq. 6: one product, where autograd
+        # would take two. It saves 12 % of an evaluation at 512 px in float32, 21 % in bfloat16.
+        # Only first derivatives are right.
+        G = f.detach().mT @ f  # (B, C, C)
+        if G.requires_grad:
+            G.register_hook(lambda g: g + g.mT)
+        return G / (c * h * w)
 
 
 def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
