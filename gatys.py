@@ -355,12 +355,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = common.ArgumentParser(__doc__, usage="%(prog)s content [style ...] [flags]")
     add, number = parser.add_argument, common.number
     masks = {"nargs": "+", "type": Path, "metavar": "MASK", "default": ()}
-    add("content", group="pictures", type=Path, help="photo: what to paint; or a folder of photos")
+    add = parser.add_argument_group("pictures").add_argument
+    add("content", type=Path, help="photo: what to paint; or a folder of photos")
     add("styles", type=Path, nargs="*", metavar="style", help="painting: how to paint it; several are blended")
     add("--image-size", type=number(int, 1, 16383), default=512, help="longer side of the result, in px")
     add("--center-crop", action="store_true", help="crop all images to their central square first")
     add("--style-scale", type=number(most=32), default=1.0, help="size of the painting, relative to the result")
-    add("--content-weight", group="losses", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
+    add = parser.add_argument_group("losses").add_argument
+    add("--content-weight", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
     add("--style-weight", type=number(), default=30.0, metavar="β", help="β of Eq. 7")
     add("--tv-weight", type=number(), default=0.0, help="weight of total variation, for smoothness")
     add("--content-layers", nargs="+", default=CONTENT_LAYERS, metavar="LAYER", help="layers of the content loss")
@@ -372,7 +374,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--pooling", choices=["avg", "max"], default="avg", help="of VGG; the paper's is avg")
     add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="auto: vgg16 if it can be had, else vgg19")
     add("--vgg-weights", default="auto", metavar="FILE", help="of VGG, as torchvision saves them")
-    add("--optimizer", group="optimisation", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     add("--num-steps", type=number(int, 1, 10**6), default=7, help="steps; at each coarser size twice as many")
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations of L-BFGS, or Adam, in each step")
     scales = "sizes, each half the next (default: down to 192 px)"
@@ -381,12 +384,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
     add("--init", default="recolored", help=f"{', '.join(STARTS)} (the paper's), or a picture to continue from")
     add("--seed", type=number(int, most=2**63), default=0, help="of the white noise")
-    add("--style-masks", group="regions and colours", **masks, help="where styles go, in white; the last has the rest")
+    add = parser.add_argument_group("regions and colours").add_argument
+    add("--style-masks", **masks, help="where styles go, in white; the last has the rest")
     add("--painting-masks", **masks, help="from where in each painting its style is taken")
     add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's colours (default: the style's)")
     add("--protect", metavar="MASK", help="keep the photo where this is white; faces: find them")
     add("--protect-weight", type=number(), default=30.0, help="how strongly it is kept")
-    add("-o", "--output", group="output", type=Path, help="picture, or folder (default: <content>_<style>.png)")
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", type=Path, help="picture, or folder (default: <content>_<style>.png)")
     add("--save-gif", action="store_true", help="write the optimisation as an animation, <output>.gif")
     add("--save-all", action="store_true", help="write the picture of every step to <output>_frames/")
     add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, .png")

@@ -321,23 +321,25 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("stylize", help="stylise pictures", usage="%(prog)s input [input ...] [flags]")
-    add = sub.add_argument
-    add("inputs", group="pictures", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
+    add = sub.add_argument_group("pictures").add_argument
+    add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
     add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<model>.png)")
     add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
     models = f"{', '.join(STYLES)}, or a file, also of pytorch/examples"
-    add("--model", group="style", type=model_file, metavar="MODEL", default="auvers", help=models)
+    add = sub.add_argument_group("style").add_argument
+    add("--model", type=model_file, metavar="MODEL", default="auvers", help=models)
     add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's")
     add("--preserve-color", choices=["luminance"], help="keep the photo's colours (default: the painting's)")
     common.add_device_arguments(sub)
     sub = commands.add_parser("train", help="make a model", usage="%(prog)s --style PAINTING --data FOLDER [flags]")
-    add = sub.add_argument
-    add("--style", group="pictures", type=Path, required=True, help="painting")
+    add = sub.add_argument_group("pictures").add_argument
+    add("--style", type=Path, required=True, help="painting")
     add("--data", type=Path, required=True, help="folder of photos; searched with all folders in it")
     add("-o", "--output", type=Path, default=Path("model.pth"), help="model to write")
     add("--crop-size", type=number(int, 8, 65536), default=256, help="side of the training crops, in px")
     add("--style-size", type=number(int, 16, 65536), default=512, help="longer side of the painting, in px")
-    add("--content-weight", group="losses", type=number(), default=1.0, help="λ_c of Eq. 5")
+    add = sub.add_argument_group("losses").add_argument
+    add("--content-weight", type=number(), default=1.0, help="λ_c of Eq. 5")
     add("--style-weight", type=number(), default=5.0, help="λ_s of Eq. 5")
     add("--tv-weight", type=number(), default=4.0, help="λ_TV of Eq. 5")
     add("--content-layer", default="relu2_2", metavar="LAYER", help="layer of the content loss")
@@ -345,11 +347,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help=layers)
     add("--vgg", choices=["auto", "vgg16", "vgg19"], default="auto", help="auto: vgg16, of 528 MB, else vgg19")
     add("--vgg-weights", default="auto", metavar="FILE", help="of VGG, as torchvision saves them")
-    add("--norm", group="network", choices=["instance", "batch"], default="instance", help="the paper's is batch")
+    add = sub.add_argument_group("network").add_argument
+    add("--norm", choices=["instance", "batch"], default="instance", help="the paper's is batch")
     add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
     add("--padding", choices=["reflect", "start"], default="reflect", help="start: 40 px, as in the paper")
     add("--start-from", nargs=1, type=model_file, metavar="MODEL", default=(), help="go on from a style, or a file")
-    add("--iterations", group="training", type=number(int, 1), default=40000, help="training steps of Adam")
+    add = sub.add_argument_group("training").add_argument
+    add("--iterations", type=number(int, 1), default=40000, help="training steps of Adam")
     add("--decay-iterations", type=number(int), default=0, help="steps after --iterations in which the rate falls to 0")
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
     add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")

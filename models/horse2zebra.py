@@ -265,13 +265,15 @@ def load(paths: list[Path], device: torch.device) -> list[Tensor]:
 
 def save_log(trainer: Trainer, x: list[Tensor], y: list[Tensor], beside: str, step: int) -> None:
     """Add a line to the table, and write a sheet, of held-out pictures x and y."""
+    table = Path(f"{beside}_kid.csv")
+    text = table.read_text() if table.exists() else "step,horses to zebras,zebras to horses\n"
+    if f"\n{step}," in text:  # a training that goes on has written it before
+        return
     vgg = common.VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg").to(x[0].device)
     G_x = [translate(trainer.G_ema.module, picture) for picture in x]
     F_y = [translate(trainer.F_ema.module, picture) for picture in y]
     kid_G = kid(features(vgg, G_x), features(vgg, y))
     kid_F = kid(features(vgg, F_y), features(vgg, x))
-    table = Path(f"{beside}_kid.csv")
-    text = table.read_text() if table.exists() else "step,horses to zebras,zebras to horses\n"
     common.write_file(f"{text}{step},{kid_G:.4f},{kid_F:.4f}\n".encode(), table)
     columns = {"x": x, "G(x)": G_x, "y": y, "F(y)": F_y}
     for name, column in columns.items():
@@ -318,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("models/horse2zebra.pth"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY}
-    args = parser.parse_args(argv, argparse.Namespace(**defaults, load_size=LOAD_SIZE))
+    defaults |= {"load_size": LOAD_SIZE, "keep_every": None}
+    args = parser.parse_args(argv, argparse.Namespace(**defaults))
     networks = train(args, str(args.output.with_suffix("")))
     state = {"args": common.plain(args), "step": len(SCHEDULE)}
     state["command"] = shlex.join(["python", "models/horse2zebra.py", *argv])

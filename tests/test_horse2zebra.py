@@ -51,10 +51,11 @@ def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         program.main(["data", "-o", "b/m.pth"])
     monkeypatch.setattr(program.Trainer, "step", step)
-    program.main(["data", "-o", "b/m.pth", "--resume"])
+    for _ in range(2):  # the second time, nothing is left to do
+        program.main(["data", "-o", "b/m.pth", "--resume"])
     for name in ("m.pth", "m_checkpoint.pth"):
         a, b = (common.load_checkpoint(Path(folder, name)) for folder in "ab")
-        for key in a.keys() - {"args", "command"}:
+        for key in a.keys() - {"args", "command", "history"}:
             equal(a[key], b[key])
     header, *rows = Path("b/m_kid.csv").read_text().splitlines()
     assert header == "step,horses to zebras,zebras to horses"
