@@ -373,11 +373,8 @@ def translate(
     if min(height, width) < 5:
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
 
-    def missing(side: int) -> int:
-        """Tell how many px are missing to a multiple of 4, and to 8: R256 needs 2 px of 4."""
-        return max(8, math.ceil(side / 4) * 4) - side
-
-    padded = nnf.pad(x.float(), (0, missing(width), 0, missing(height)), mode="reflect")
+    padding = (0, -width % 4, 0, -height % 4)  # to multiples of 4
+    padded = nnf.pad(x.float(), padding, mode="reflect")
     with torch.no_grad(), autocast(x.device, common.pick_precision(precision, x.device, exact)):
         return network(padded)[..., :height, :width]
 
@@ -628,12 +625,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
     usage = "%(prog)s input [input ...] [flags]"
     sub = commands.add_parser("translate", help="translate pictures", usage=usage)
-    add = sub.add_argument
+    add = sub.add_argument_group("pictures").add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder")
     output = "picture, or folder for several (default: <input>_<direction>.png)"
     add("-o", "--output", type=Path, help=output)
     size = "longer side of the result, in px (default: as the input)"
     add("--image-size", type=number(int, 1, 65536), help=size)
+    add = sub.add_argument_group("network").add_argument
     model = "horse2zebra, or a file: of train, or a generator of the authors' code"
     add("--model", type=model_file, default="horse2zebra", help=model)
     direction = "x2y: G, for the shipped model horse to zebra; y2x: F, the way back"
