@@ -145,7 +145,7 @@ def test_E_is_shown_the_newest_picture_and_others_of_its_kind(tiny):
     kept = [ours.E_Y.see(picture) for picture in pictures[-4:]]  # STORED
     drawn = torch.cat([store.draw(random)[1] for _ in range(40)])  # of the second layer
     seen = {k for layer in drawn for k in range(4) if torch.equal(kept[k][1][0], layer)}
-    assert seen == {0, 1, 2, 3}
+    assert seen == {0, 1, 2, 3} and len(store.pictures) == 4
     other = program.Store(ours.E_Y)
     other.load_state_dict(store.state_dict())
     equal(
