@@ -82,7 +82,16 @@ def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
         save_log(network, x, y, *options)
 
     monkeypatch.setattr(program, "save_log", recorded)
+    match, matched = program.match_colors, []
+
+    def match_recorded(network, sources, targets):
+        matched.append((sources, targets))
+        match(network, sources, targets)
+
+    monkeypatch.setattr(program, "match_colors", match_recorded)
     program.main(["data", "-o", "m.pth"])
+    horses, zebras = ([common.load_image(p, shorter=36) for p in used[::7]] for used in trained)
+    equal(matched, [(horses, zebras), (zebras, horses)])  # of G, of F
     for part, used, apart in zip(("trainA", "trainB"), trained, measured[-2:], strict=True):
         every = common.find_images(Path("data", part))
         assert len(apart) == 3 and len(used) == len(every) - 3
@@ -116,6 +125,8 @@ def test_a_step_minimises_the_papers_losses_by_E_and_spikes(tiny):
     assert len(ours.maps) == 4  # of G(x), F(y) and the ways back
     excess = sum(((f.abs() - 8).clamp(min=0) ** 2).mean() for f in ours.maps)
     assert excess > 1
+    equal(ours.maps[0], ours.G.model[:11](2 * x - 1))  # of the last residual block
+    ours.maps.pop()
     weights = [*ours.G.parameters(), *ours.F.parameters()]
     gradients = torch.autograd.grad(expected["total"] + 0.15 * excess, weights)
     seen = [ours.E_X.see(x), ours.E_X.see(F_y), ours.E_Y.see(y), ours.E_Y.see(G_x)]
@@ -186,6 +197,45 @@ def test_the_rate_falls_in_the_last_stage_and_E_is_clipped(tiny, monkeypatch):
     assert clipped == [1] * 12
     gradients = [p.grad.norm() for E in (ours.E_X, ours.E_Y) for p in E.parameters()]
     assert torch.stack(gradients).norm() < 2**0.5 + 1e-3
+
+
+def test_weights_are_averaged(tiny):
+    ours = trainer()
+    ours.step(0, *torch.rand(2, 1, 3, 32, 32))
+    first = [getattr(ours, name).model[1].weight.detach().clone() for name in "GF"]
+    ours.step(1, *torch.rand(2, 1, 3, 32, 32))
+    for name, w in zip("GF", first, strict=True):
+        expected = 0.999 * w + 0.001 * getattr(ours, name).model[1].weight.detach()
+        average = getattr(ours, f"{name}_ema").module.model[1].weight
+        torch.testing.assert_close(average, expected, rtol=0, atol=1e-8)
+
+
+def test_each_step_draws_other_pictures(tiny, monkeypatch):
+    seeds, draw = [], program.Store.draw
+
+    def recorded(store, random):
+        seeds.append(random.initial_seed())
+        return draw(store, random)
+
+    monkeypatch.setattr(program.Store, "draw", recorded)
+    ours = trainer()
+    for i in (3, 4):
+        ours.step(i, *torch.rand(2, 1, 3, 32, 32))
+    assert seeds == [3] * 4 + [4] * 4
+
+
+def test_the_table_compares_what_is_made_with_its_own_kind(tiny, monkeypatch):
+    ours, compared = trainer(), []
+    x, y = torch.rand(2, 3, 1, 3, 36, 36)
+    monkeypatch.setattr(program, "features", lambda vgg, pictures: torch.cat(list(pictures)))
+    monkeypatch.setattr(program, "kid", lambda *sets: compared.append(sets) or len(compared) / 8)
+    program.save_log(ours, list(x), list(y), "run/m", 7)
+    assert Path("run/m_kid.csv").read_text().splitlines()[1:] == ["7,0.1250,0.2500"]
+    G_x, F_y = (
+        torch.cat([cyclegan.translate(network.module, picture) for picture in pictures])
+        for network, pictures in ((ours.G_ema, x), (ours.F_ema, y))
+    )
+    equal(compared, [(G_x, y.flatten(0, 1)), (F_y, x.flatten(0, 1))])
 
 
 def test_colors_are_matched():
