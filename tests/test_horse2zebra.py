@@ -25,8 +25,9 @@ def tiny(monkeypatch):
     for name, value in settings.items():
         monkeypatch.setattr(program, name, value)
     monkeypatch.setattr(common, "pick_precision", lambda *options: torch.float32)
-    save_noise(*(f"data/trainA/{k:02}.png" for k in range(12)))
-    save_noise(*(f"data/trainB/{k:02}.png" for k in range(13)))
+    horses = [f"data/trainA/{k:02}.png" for k in range(12)]
+    zebras = [f"data/trainB/{k:02}.png" for k in range(13)]
+    save_noise(*horses, *zebras)
 
 
 def trainer(seed=0):
