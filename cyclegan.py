@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import socket
 import sys
 import tempfile
 import zipfile
@@ -357,7 +356,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
         epoch = run.step / epoch_steps
         lr = args.lr * common.lr_factor(epoch, args.epochs, args.decay_epochs)
         for group in gan.optimizer_G.param_groups + gan.optimizer_D.param_groups:
-            group.update(lr=lr, betas=(args.beta1, 0.999))  # a checkpoint brings those of before
+            group["lr"] = lr
         run.log({"epoch": int(epoch) + 1, "lr": lr} | gan.step(x, y))
     print(checkpoint)
 
@@ -377,11 +376,8 @@ def translate(
     if min(height, width) < 5:
         raise InputError(f"{width}×{height} px is too small: the network needs 5 px a side")
 
-    def missing(side: int) -> int:
-        """Tell how many px are missing to a multiple of 4, and to 8: R256 needs 2 px of 4."""
-        return max(8, math.ceil(side / 4) * 4) - side
-
-    padded = nnf.pad(x, (0, missing(width), 0, missing(height)), mode="reflect")
+    padding = (0, -width % 4, 0, -height % 4)  # to multiples of 4
+    padded = nnf.pad(x.float(), padding, mode="reflect")
     with torch.no_grad(), autocast(x.device, common.pick_precision(precision, x.device, exact)):
         return network(padded)[..., :height, :width]
 
@@ -412,10 +408,11 @@ def download(name: str, folder: Path = Path("data")) -> Path:
     url = f"{SERVER}/{name}.zip"
     print(f"downloading {url}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(common.DOWNLOAD_TIMEOUT)
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        with (
+            common.download_timeout(),
+            tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary,
+        ):
             download_and_extract_archive(url, temporary)
             unpacked = Path(temporary, name)
             for part in ("trainA", "trainB"):
@@ -426,8 +423,6 @@ def download(name: str, folder: Path = Path("data")) -> Path:
         reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
         advice = f"try again, or unpack it yourself, to {target}/trainA, trainB, …"
         raise InputError(f"cannot download {url} whole ({reason}): {advice}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     return target
 
 
@@ -514,17 +509,17 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
     """
     state = common.load_checkpoint(path)
     authors = "G" not in state  # but plain weights
-    if authors and direction == "y2x" and "model.1.weight" in state:
-        advice = "name the file of the other one"
-        raise InputError(f"{path} holds one generator, of one direction: {advice}")
-    network_name = "G" if direction == "x2y" else "F"
+    name = "G" if direction == "x2y" else "F"
     try:
-        saved = state if authors else state.get(f"{network_name}_ema", state[network_name])
-        network = build_generator(saved)
+        saved = state if authors else state.get(f"{name}_ema", state[name])
+        network = build_generator(common.plain_weights(saved))
         load_size = state.get("args", {}).get("load_size")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         what = "no model of cyclegan.py, nor a ResNet generator with instance norm of its authors"
         raise InputError(f"{path} is {what}") from error
+    if authors and direction == "y2x":
+        advice = "name the file of the other one"
+        raise InputError(f"{path} holds one generator, of one direction: {advice}")
     if not common.all_finite(network.state_dict()):
         advice = "train it anew, with a smaller --lr"
         raise InputError(f"{path} has weights that are not finite: {advice}")
@@ -532,13 +527,12 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
 
 
 def build_generator(saved: dict[str, Tensor]) -> Generator:
-    """Make the generator whose weights are saved, perhaps as a part of another module."""
+    """Make the generator whose weights are saved, perhaps by an older version of its code."""
     weights = {}
     for name, value in saved.items():
-        name = name.removeprefix("module.")
         name = name.replace("conv_block.6.", "conv_block.5.")  # its place in blocks with dropout
-        if "running_" not in name and name != "n_averaged":  # statistics, in older files
-            weights[name] = value.float()
+        if "running_" not in name and name != "n_averaged":  # statistics that nothing uses
+            weights[name] = value
     blocks = sum(name.endswith("conv_block.1.weight") for name in weights)
     width = len(weights["model.1.weight"])
     u128 = weights[f"model.{10 + blocks}.weight"]  # a transposed one has its 4 · width inputs first
@@ -634,12 +628,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
     usage = "%(prog)s input [input ...] [flags]"
     sub = commands.add_parser("translate", help="translate pictures", usage=usage)
-    add = sub.add_argument
+    add = sub.add_argument_group("pictures").add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder")
     output = "picture, or folder for several (default: <input>_<direction>.png)"
     add("-o", "--output", type=Path, help=output)
     size = "longer side of the result, in px (default: as the input)"
     add("--image-size", type=number(int, 1, 65536), help=size)
+    add = sub.add_argument_group("network").add_argument
     model = "horse2zebra, or a file: of train, or a generator of the authors' code"
     add("--model", type=model_file, default="horse2zebra", help=model)
     direction = "x2y: G, for the shipped model horse to zebra; y2x: F, the way back"

@@ -267,7 +267,7 @@ def save_log(trainer: Trainer, x: list[Tensor], y: list[Tensor], beside: str, st
     """Add a line to the table, and write a sheet, of held-out pictures x and y."""
     table = Path(f"{beside}_kid.csv")
     text = table.read_text() if table.exists() else "step,horses to zebras,zebras to horses\n"
-    if f"\n{step}," in text:  # written before a training was resumed
+    if f"\n{step}," in text:  # a training that goes on has written it before
         return
     vgg = common.VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg").to(x[0].device)
     G_x = [translate(trainer.G_ema.module, picture) for picture in x]
@@ -319,8 +319,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path, help="a folder with trainA, horses, and trainB, zebras")
     parser.add_argument("-o", "--output", type=Path, default=Path("models/horse2zebra.pth"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
-    defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY, "keep_every": None}
-    args = parser.parse_args(argv, argparse.Namespace(**defaults, load_size=LOAD_SIZE))
+    defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY}
+    defaults |= {"load_size": LOAD_SIZE, "keep_every": None}
+    args = parser.parse_args(argv, argparse.Namespace(**defaults))
     networks = train(args, str(args.output.with_suffix("")))
     state = {"args": common.plain(args), "step": len(SCHEDULE)}
     state["command"] = shlex.join(["python", "models/horse2zebra.py", *argv])

@@ -324,3 +324,21 @@ def test_what_is_no_picture_or_too_large_is_told_in_one_line(monkeypatch):
         for call in calls:
             with pytest.raises(InputError, match=word):
                 call(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_pictures_of_any_float_are_translated(dtype):
+    network, x = Generator(1, 4).eval(), torch.rand(1, 3, 16, 16).to(dtype)
+    y = translate(network, x, "float32")
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, translate(network, x.float(), "float32"))
+
+
+def test_weights_of_other_wrappers_load():
+    """Of DataParallel, torch.compile, and in a dictionary of a checkpoint."""
+    G = Generator(2, 4)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        weights = {prefix + name: value for name, value in G.state_dict().items()}
+        for saved in (weights, {"state_dict": weights}, {"model_state_dict": weights}):
+            torch.save(saved, "wrapped.pth")
+            equal(load_generator(Path("wrapped.pth"))[0].state_dict(), G.state_dict())

@@ -25,8 +25,9 @@ def tiny(monkeypatch):
     for name, value in settings.items():
         monkeypatch.setattr(program, name, value)
     monkeypatch.setattr(common, "pick_precision", lambda *options: torch.float32)
-    save_noise(*(f"data/trainA/{k:02}.png" for k in range(12)))
-    save_noise(*(f"data/trainB/{k:02}.png" for k in range(13)))
+    horses = [f"data/trainA/{k:02}.png" for k in range(12)]
+    zebras = [f"data/trainB/{k:02}.png" for k in range(13)]
+    save_noise(*horses, *zebras)
 
 
 def trainer(seed=0):
@@ -51,10 +52,11 @@ def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         program.main(["data", "-o", "b/m.pth"])
     monkeypatch.setattr(program.Trainer, "step", step)
-    program.main(["data", "-o", "b/m.pth", "--resume"])
+    for _ in range(2):  # the second time, nothing is left to do
+        program.main(["data", "-o", "b/m.pth", "--resume"])
     for name in ("m.pth", "m_checkpoint.pth"):
         a, b = (common.load_checkpoint(Path(folder, name)) for folder in "ab")
-        for key in a.keys() - {"args", "command"}:
+        for key in a.keys() - {"args", "command", "history"}:
             equal(a[key], b[key])
     header, *rows = Path("b/m_kid.csv").read_text().splitlines()
     assert header == "step,horses to zebras,zebras to horses"
@@ -81,7 +83,16 @@ def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
         save_log(network, x, y, *options)
 
     monkeypatch.setattr(program, "save_log", recorded)
+    match, matched = program.match_colors, []
+
+    def match_recorded(network, sources, targets):
+        matched.append((sources, targets))
+        match(network, sources, targets)
+
+    monkeypatch.setattr(program, "match_colors", match_recorded)
     program.main(["data", "-o", "m.pth"])
+    horses, zebras = ([common.load_image(p, shorter=36) for p in used[::7]] for used in trained)
+    equal(matched, [(horses, zebras), (zebras, horses)])  # of G, of F
     for part, used, apart in zip(("trainA", "trainB"), trained, measured[-2:], strict=True):
         every = common.find_images(Path("data", part))
         assert len(apart) == 3 and len(used) == len(every) - 3
@@ -115,6 +126,8 @@ def test_a_step_minimises_the_papers_losses_by_E_and_spikes(tiny):
     assert len(ours.maps) == 4  # of G(x), F(y) and the ways back
     excess = sum(((f.abs() - 8).clamp(min=0) ** 2).mean() for f in ours.maps)
     assert excess > 1
+    equal(ours.maps[0], ours.G.model[:11](2 * x - 1))  # of the last residual block
+    ours.maps.pop()
     weights = [*ours.G.parameters(), *ours.F.parameters()]
     gradients = torch.autograd.grad(expected["total"] + 0.15 * excess, weights)
     seen = [ours.E_X.see(x), ours.E_X.see(F_y), ours.E_Y.see(y), ours.E_Y.see(G_x)]
@@ -144,7 +157,7 @@ def test_E_is_shown_the_newest_picture_and_others_of_its_kind(tiny):
     kept = [ours.E_Y.see(picture) for picture in pictures[-4:]]  # STORED
     drawn = torch.cat([store.draw(random)[1] for _ in range(40)])  # of the second layer
     seen = {k for layer in drawn for k in range(4) if torch.equal(kept[k][1][0], layer)}
-    assert seen == {0, 1, 2, 3}
+    assert seen == {0, 1, 2, 3} and len(store.pictures) == 4
     other = program.Store(ours.E_Y)
     other.load_state_dict(store.state_dict())
     equal(
@@ -185,6 +198,45 @@ def test_the_rate_falls_in_the_last_stage_and_E_is_clipped(tiny, monkeypatch):
     assert clipped == [1] * 12
     gradients = [p.grad.norm() for E in (ours.E_X, ours.E_Y) for p in E.parameters()]
     assert torch.stack(gradients).norm() < 2**0.5 + 1e-3
+
+
+def test_weights_are_averaged(tiny):
+    ours = trainer()
+    ours.step(0, *torch.rand(2, 1, 3, 32, 32))
+    first = [getattr(ours, name).model[1].weight.detach().clone() for name in "GF"]
+    ours.step(1, *torch.rand(2, 1, 3, 32, 32))
+    for name, w in zip("GF", first, strict=True):
+        expected = 0.999 * w + 0.001 * getattr(ours, name).model[1].weight.detach()
+        average = getattr(ours, f"{name}_ema").module.model[1].weight
+        torch.testing.assert_close(average, expected, rtol=0, atol=1e-8)
+
+
+def test_each_step_draws_other_pictures(tiny, monkeypatch):
+    seeds, draw = [], program.Store.draw
+
+    def recorded(store, random):
+        seeds.append(random.initial_seed())
+        return draw(store, random)
+
+    monkeypatch.setattr(program.Store, "draw", recorded)
+    ours = trainer()
+    for i in (3, 4):
+        ours.step(i, *torch.rand(2, 1, 3, 32, 32))
+    assert seeds == [3] * 4 + [4] * 4
+
+
+def test_the_table_compares_what_is_made_with_its_own_kind(tiny, monkeypatch):
+    ours, compared = trainer(), []
+    x, y = torch.rand(2, 3, 1, 3, 36, 36)
+    monkeypatch.setattr(program, "features", lambda vgg, pictures: torch.cat(list(pictures)))
+    monkeypatch.setattr(program, "kid", lambda *sets: compared.append(sets) or len(compared) / 8)
+    program.save_log(ours, list(x), list(y), "run/m", 7)
+    assert Path("run/m_kid.csv").read_text().splitlines()[1:] == ["7,0.1250,0.2500"]
+    G_x, F_y = (
+        torch.cat([cyclegan.translate(network.module, picture) for picture in pictures])
+        for network, pictures in ((ours.G_ema, x), (ours.F_ema, y))
+    )
+    equal(compared, [(G_x, y.flatten(0, 1)), (F_y, x.flatten(0, 1))])
 
 
 def test_colors_are_matched():
