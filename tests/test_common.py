@@ -289,6 +289,18 @@ def test_an_animation_stays_one(suffix):
     assert load_image("first.tif")[0, :, 0, 0].tolist() == [1, 0, 0]
 
 
+def test_the_first_picture_is_opened_as_the_others(monkeypatch):
+    """Pillow's limits are set before: here, of an animation, for its metadata."""
+    common.set_up_pillow.cache_clear()
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    frames = [Image.effect_noise((12, 12), 90) for _ in range(2)]
+    profile = SWAPPED + random.Random(0).randbytes(2_000_000)
+    frames[0].save("a.png", save_all=True, append_images=frames[1:], icc_profile=profile)
+    assert common.is_animation(Path("a.png"))
+    assert Image.MAX_IMAGE_PIXELS == 2**29
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_an_animation_plays_as_often_as_its_source(suffix):
     """For ever, three times, or once: a GIF that plays once has no number of loops."""
