@@ -620,6 +620,33 @@ def test_importing_changes_nothing_and_reads_no_picture():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_a_picture_must_leave_something_after_the_poolings():
+    """As many px a side as there are before the deepest layer: 2 for one pooling, 4 for two."""
+    for layer, least in (("relu1_2", 1), ("relu2_1", 2), ("relu3_1", 4), ("relu4_2", 8)):
+        vgg = VGG([layer], "vgg16", "random")
+        assert min(vgg(torch.rand(1, 3, least, 40))[layer].shape[-2:]) == 1
+        if least > 1:
+            with pytest.raises(
+                InputError, match=f"40×{least - 1} px is too small: choose {least} px"
+            ):
+                vgg(torch.rand(1, 3, least - 1, 40))
+
+
+def test_layers_are_named_or_refused():
+    for layers, named in ((["relu6_1"], "relu6_1"), (["conv1_1"], "conv1_1"), ([], "none")):
+        with pytest.raises(InputError, match=rf"unknown layer \(?{named}.* relu1_1 … relu5_3"):
+            VGG(layers, "vgg16", "random")
+    maps = VGG(["relu2_1", "relu1_1"], "vgg16", "random")(torch.rand(1, 3, 8, 8), ["relu1_1"])
+    assert list(maps) == ["relu1_1"]
+
+
+def test_total_variation_counts_both_directions():
+    x = torch.zeros(1, 3, 2, 3)
+    x[..., 1, :] = 1
+    assert common.total_variation(x) == 1 and common.total_variation(x.mT) == 1
+    assert common.total_variation(torch.tensor([[[[0.0, 2.0], [0.0, 5.0]]]])) == 9 / 2 + 29 / 2
+
+
 def test_the_gram_matrix_has_a_second_derivative():
     features = torch.rand(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(common.gram_matrix, features)
