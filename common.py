@@ -311,6 +311,12 @@ def set_up_pillow() -> None:
     PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of XMP or of a profile; Pillow's 1 MB is too few
 
 
+def open_image(path: str | Path) -> Image.Image:
+    """Open a file with Pillow, without decoding it."""
+    set_up_pillow()
+    return Image.open(path)
+
+
 def check_images(
     images: Sequence[Tensor], masks: Sequence[Tensor | None] = (), batch: int = 1
 ) -> None:
@@ -357,10 +363,9 @@ def load_frames(
     `center_crop` keeps only the central square. InputError if the file is missing, no image,
     damaged, or if nothing in it is opaque.
     """
-    set_up_pillow()
     least = size or shorter
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             if least:  # decode a JPEG at ½, ¼ or ⅛, still no smaller than needed
                 file.draft(None, (least, least))
             hidden = getattr(file, "default_image", False)  # shown where a PNG cannot move
@@ -649,8 +654,9 @@ def plan_outputs(
     made_of: dict[Path, Path] = {}  # by the real path of a result
     pairs = []
     for source, target in wanted:
-        moves = animations and is_animation(source)
-        if target != output and not moves and target.suffix.lower() not in FORMATS:
+        known = target.suffix.lower() in FORMATS
+        keeps = known or target == output or (animations and is_animation(source))
+        if not keeps:
             name = target.with_suffix(".png")
             free = name not in names and name.resolve() not in made_of
             target = name if free else target.with_name(f"{target.name}.png")
@@ -693,7 +699,7 @@ def is_animation(path: Path) -> bool:
     """Tell whether a file is a GIF, WebP or PNG of several frames. Other files are not opened."""
     if path.suffix.lower() not in ANIMATIONS:
         return False
-    with suppress(Exception), Image.open(path) as file:
+    with suppress(Exception), open_image(path) as file:
         return file.n_frames > 1
     return False
 
@@ -754,7 +760,7 @@ def transform_files(
         loaded = load_frames(source, size, shorter=shorter)
         frames = ((result(image), milliseconds) for image, milliseconds in loaded)
         if target.suffix.lower() in ANIMATIONS and is_animation(source):
-            with Image.open(source) as file:
+            with open_image(source) as file:
                 loop = file.info.get("loop")
             save_animation(frames, target, loop)
         else:
@@ -929,7 +935,7 @@ class Crops(Dataset):
 def _check_thin(path: Path) -> None:
     """Raise InputError if an image is thinner than 8 : 1: huge, when its shorter side is scaled."""
     sides = (1, 1)
-    with suppress(Exception), Image.open(path) as file:  # `load_image` tells what is wrong with it
+    with suppress(Exception), open_image(path) as file:  # `load_image` tells what is wrong with it
         sides = file.size
     if max(sides) > 8 * min(sides):
         raise InputError(f"{path} is passed over: it is thinner than 8 : 1")

@@ -289,6 +289,18 @@ def test_an_animation_stays_one(suffix):
     assert load_image("first.tif")[0, :, 0, 0].tolist() == [1, 0, 0]
 
 
+def test_the_first_picture_is_opened_as_the_others(monkeypatch):
+    """Pillow's limits are set before: here, of an animation, for its metadata."""
+    common.set_up_pillow.cache_clear()
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    frames = [Image.effect_noise((12, 12), 90) for _ in range(2)]
+    profile = SWAPPED + random.Random(0).randbytes(2_000_000)
+    frames[0].save("a.png", save_all=True, append_images=frames[1:], icc_profile=profile)
+    assert common.is_animation(Path("a.png"))
+    assert Image.MAX_IMAGE_PIXELS == 2**29
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_an_animation_plays_as_often_as_its_source(suffix):
     """For ever, three times, or once: a GIF that plays once has no number of loops."""
@@ -606,6 +618,33 @@ def test_importing_changes_nothing_and_reads_no_picture():
         assert limits() == before and not torch.cuda.is_initialized()
         """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_picture_must_leave_something_after_the_poolings():
+    """As many px a side as there are before the deepest layer: 2 for one pooling, 4 for two."""
+    for layer, least in (("relu1_2", 1), ("relu2_1", 2), ("relu3_1", 4), ("relu4_2", 8)):
+        vgg = VGG([layer], "vgg16", "random")
+        assert min(vgg(torch.rand(1, 3, least, 40))[layer].shape[-2:]) == 1
+        if least > 1:
+            with pytest.raises(
+                InputError, match=f"40×{least - 1} px is too small: choose {least} px"
+            ):
+                vgg(torch.rand(1, 3, least - 1, 40))
+
+
+def test_layers_are_named_or_refused():
+    for layers, named in ((["relu6_1"], "relu6_1"), (["conv1_1"], "conv1_1"), ([], "none")):
+        with pytest.raises(InputError, match=rf"unknown layer \(?{named}.* relu1_1 … relu5_3"):
+            VGG(layers, "vgg16", "random")
+    maps = VGG(["relu2_1", "relu1_1"], "vgg16", "random")(torch.rand(1, 3, 8, 8), ["relu1_1"])
+    assert list(maps) == ["relu1_1"]
+
+
+def test_total_variation_counts_both_directions():
+    x = torch.zeros(1, 3, 2, 3)
+    x[..., 1, :] = 1
+    assert common.total_variation(x) == 1 and common.total_variation(x.mT) == 1
+    assert common.total_variation(torch.tensor([[[[0.0, 2.0], [0.0, 5.0]]]])) == 9 / 2 + 29 / 2
 
 
 def test_the_gram_matrix_has_a_second_derivative():
