@@ -165,14 +165,14 @@ def check_images(images: Sequence[Tensor], masks: Sequence[Tensor | None] = (), 
     """Raise InputError if one of `images` or `masks` is no float tensor (B, 3, H, W), (B, 1, H, W) in [0, 1]."""
     for x, channels in [(x, 3) for x in images] + [(x, 1) for x in masks if x is not None]:
         fits = isinstance(x, Tensor) and x.ndim == 4 and x.shape[:2] == (batch, channels) and x.is_floating_point()
-        if not fits or not -0.01 < x.min() <= x.max() < 1.01:
+        if not fits or not x.numel() or not -0.01 < x.min() <= x.max() < 1.01:
             got = getattr(x, "shape", type(x))
             raise InputError(f"not a float tensor ({batch}, {channels}, H, W) with values from 0 to 1: {got}")
 
 
 def check_memory(x: Tensor, bytes_a_pixel: int) -> None:
     """Raise InputError if x is no batch of images (B, 3, H, W), or more than fits at `bytes_a_pixel`, as measured."""
-    check_images([x], batch=len(x) if isinstance(x, Tensor) else 1)
+    check_images([x], batch=len(x) if isinstance(x, Tensor) and x.ndim else 1)
     memory, need = math.inf, bytes_a_pixel * x[:, 0].numel()
     if x.is_cuda:
         memory = torch.cuda.get_device_properties(x.device).total_memory
