@@ -158,7 +158,7 @@ def johnson_claims(size):
     x, args = example("content", size, center_crop=True), gatys.parse_args(["", "", "--init=noise", "--lbfgs-iters=1"])
     for style in johnson.STYLES:
         f_W = johnson.load_network(johnson.model_file(style)).to(DEVICE)
-        saved = argparse.Namespace(**load_checkpoint(johnson.model_file(style))["settings"])
+        saved = argparse.Namespace(**load_checkpoint(johnson.model_file(style))["args"])
         vgg = VGG([saved.content_layer, *saved.style_layers], "vgg19", precision=PRECISION).to(DEVICE)
         objective = johnson.Objective(vgg, example("style" if style == "auvers" else style, saved.style_size), saved)
         (seconds,), y_hat = best(lambda f_W=f_W: johnson.stylize(f_W, x)), johnson.stylize(f_W, x)
