@@ -1,21 +1,24 @@
 """Fast style transfer: train a network once for a style, then stylise any picture in one pass.
 
-    J. Johnson, A. Alahi, L. Fei-Fei: "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", ECCV 2016.
+    J. Johnson, A. Alahi, L. Fei-Fei: "Perceptual Losses for Real-Time Style Transfer and
+    Super-Resolution", ECCV 2016.
 
-Gatys et al. change the pixels of one picture until its losses in a fixed network are small. Here a second network
-learns to do that in one pass. It is trained on many photos, so that the same kind of loss becomes small for all.
+Gatys et al. change the pixels of one picture until its losses in a fixed network are small. Here a
+second network learns to do that in one pass. It is trained on many photos, so that the same kind of
+loss becomes small for all.
 
     python johnson.py stylize photo.jpg --model wave
     python johnson.py train --style style.jpg --data photos/ -o style.pth
 
-    x    a photo, also the content target y_c    φ  the loss network, VGG    ℓ_feat   mean (φ(ŷ) − φ(y_c))²     Eq. 2
-    y_s  the painting, the style target          G  Gram matrices of φ       ℓ_style  Σ (G(ŷ) − G(y_s))²        Eq. 4
-    ŷ    f_W(x), the stylised photo              λ_c ℓ_feat + λ_s ℓ_style + λ_TV ℓ_TV, made small over W        Eq. 5, 1
+    x    a photo, also the content target y_c    ℓ_feat   mean (φ(ŷ) − φ(y_c))²       Eq. 2
+    y_s  the painting, the style target          ℓ_style  Σ (G(ŷ) − G(y_s))²          Eq. 4
+    ŷ    f_W(x), the stylised photo              λ_c ℓ_feat + λ_s ℓ_style + λ_TV ℓ_TV,
+    φ    the loss network, VGG                   made small over the weights W        Eq. 5, 1
+    G    the Gram matrices of φ
 """
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from argparse import Namespace
@@ -28,148 +31,229 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 import common
-from common import VGG, InputError, autocast, gram_matrix, keep_color, load_image, rescale, total_variation
+from common import VGG, InputError, autocast, gram_matrix, keep_color, load_image, rescale
 
-# --- Network -----------------------------------------------------------------------------------------------
+# --- Network ---------------------------------------------------------------------------------
+
+
+def pad(x: Tensor, margin: int, mode: str) -> Tensor:
+    """Add `margin` px to each side of maps (B, C, H, W); InputError if x is too small for that.
+
+    `mode` is torch's: reflect, replicate, or constant, which means 0.
+    """
+    height, width = x.shape[-2:]
+    if margin >= min(height, width):
+        raise InputError(f"{width}×{height} px is too small: choose more than {margin} px a side")
+    if margin == 0:
+        return x
+    with torch.autocast(x.device.type, enabled=False):  # on a CPU, it would pad in float32
+        return nnf.pad(x, [margin] * 4, mode)
 
 
 class Convolution(nn.Module):
-    """Convolve (B, C, H, W), after padding it: `pad` is reflect, zeros or none.
+    """Pad maps (B, C, H, W) as `mode` says (`none`: not at all) and convolve them.
 
-    Where the paper has stride 1/2, `upsample` is nearest, or transposed, the paper's, which leaves a checkerboard
-    (Odena, Dumoulin, Olah 2016).
+    Given a `strip`, it takes so many rows at a time: see in_strips.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, upsample: str = "", pad: str = "reflect"
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, mode: str = "reflect"
     ) -> None:
         super().__init__()
-        margin = kernel // 2
-        self.upsample = upsample == "nearest"
-        self.margin = margin if pad == "reflect" and upsample != "transposed" else 0
-        if upsample == "transposed":
-            self.conv2d: nn.Module = nn.ConvTranspose2d(inputs, outputs, kernel, 2, margin, output_padding=1)
-        else:
-            self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride, margin if pad == "zeros" else 0)
+        self.mode = mode
+        self.margin = 0 if mode == "none" else kernel // 2
+        self.kernel = kernel
+        self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # on a CPU, it would pad in float32
-            if self.upsample:
-                x = nnf.interpolate(x, scale_factor=2, mode="nearest")
-            x = reflect(x, self.margin)
-        return self.conv2d(x)
+    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+        x = pad(x, self.margin, self.mode)
+        return in_strips(self.conv2d, x, self.kernel, strip)  # (B, C', H/stride, W/stride)
 
 
-def reflect(x: Tensor, margin: int) -> Tensor:
-    """Pad pictures or feature maps (B, C, H, W) by their mirror images; InputError if they are too small for that."""
-    height, width = x.shape[-2:]
-    if margin >= min(height, width):
-        raise InputError(f"{width}×{height} px is too small for the network: choose more than {margin} px a side")
-    return nnf.pad(x, [margin] * 4, mode="reflect") if margin else x
+class NearestConvolution(nn.Module):
+    """Double the size by nearest neighbours, pad by 1 px, and convolve with 3×3.
+
+    In place of the paper's stride 1/2, which leaves a checkerboard (Odena, Dumoulin, Olah 2016).
+    """
+
+    def __init__(self, inputs: int, outputs: int, mode: str) -> None:
+        super().__init__()
+        self.mode = "replicate" if mode == "reflect" else mode  # before doubling, that is the same
+        self.conv2d = nn.Conv2d(inputs, outputs, 3)
+
+    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+        # Doubling makes equal pixels. Where the 3×3 kernel sees equal ones, its weights are added
+        # up instead: one transposed convolution does it all, of half the work. Its 4×4 kernel is
+        # the sum of four copies of the other, each shifted by 0 or 1 both ways.
+        w = self.conv2d.weight.flip(2, 3).transpose(0, 1)  # (C, C', 3, 3)
+        w = nnf.pad(w, [0, 1, 0, 0]) + nnf.pad(w, [1, 0, 0, 0])  # (C, C', 3, 4)
+        w = nnf.pad(w, [0, 0, 0, 1]) + nnf.pad(w, [0, 0, 1, 0])  # (C, C', 4, 4)
+        bias = self.conv2d.bias
+        convolve = partial(nnf.conv_transpose2d, weight=w, bias=bias, stride=2, padding=3)
+        return in_strips(convolve, pad(x, 1, self.mode), 3, strip)  # (B, C', 2H, 2W)
+
+
+class TransposedConvolution(nn.Module):
+    """Convolve with the paper's stride 1/2."""
+
+    def __init__(self, inputs: int, outputs: int, mode: str) -> None:
+        super().__init__()
+        self.conv2d = nn.ConvTranspose2d(inputs, outputs, 3, 2, padding=1, output_padding=1)
+
+    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+        return self.conv2d(x)  # (B, C', 2H, 2W), never in strips
 
 
 class Residual(nn.Module):
-    """Add two 3×3 convolutions to their input (He et al. 2016). No ReLU follows the sum (Gross & Wilber 2016)."""
+    """Add two 3×3 convolutions to their input (He et al. 2016).
 
-    def __init__(self, channels: int, norm: Callable[[int], nn.Module], pad: str) -> None:
+    No ReLU follows the sum (Gross & Wilber 2016). Unpadded, they lose 2 px a side.
+    """
+
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module], mode: str) -> None:
         super().__init__()
-        self.conv1, self.in1 = Convolution(channels, channels, 3, pad=pad), norm(channels)
-        self.conv2, self.in2 = Convolution(channels, channels, 3, pad=pad), norm(channels)
-        self.inside = slice(2, -2) if pad == "none" else slice(None)  # two unpadded convolutions lose 2 px a side
+        self.conv1 = Convolution(channels, channels, 3, mode=mode)
+        self.in1 = norm(channels)
+        self.conv2 = Convolution(channels, channels, 3, mode=mode)
+        self.in2 = norm(channels)
+        self.inside = slice(2, -2) if mode == "none" else slice(None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu_(self.in1(self.conv1(x)))
-        return x[..., self.inside, self.inside] + self.in2(self.conv2(y))
+        y = self.in2(self.conv2(y))
+        return x[..., self.inside, self.inside] + y
+
+
+CHOICES = {  # of the network, the default first
+    "norm": ("instance", "batch"),
+    "upsample": ("nearest", "transposed"),
+    "padding": ("reflect", "start"),
+    "output": ("tanh", "linear"),
+}
 
 
 class TransformNet(nn.Module):
     """The image transformation network f_W of Table 1 in the supplement.
 
-    Modules have the names of the fast_neural_style example in pytorch/examples, whose models load as they are.
+    Modules have the names of pytorch/examples' fast_neural_style, whose models load as they are.
 
     Args:
         norm: `instance` (Ulyanov, Vedaldi, Lempitsky 2016), or `batch` as in the paper.
-        upsample: `nearest`, followed by a convolution, or `transposed` as in the paper.
-        padding: `reflect` in every convolution; or `start`, the paper's: 40 px at the start, none in residual blocks.
-        output: `tanh`, scaled to [0, 1]; or `linear`, in 0 … 255 from and to the network, as in pytorch/examples.
+        upsample: `nearest`, then a convolution; or `transposed`, a convolution as in the paper.
+        padding: `reflect` in every convolution; or `start`, the paper's: a reflection of 40 px at
+            the start, zeros in convolutions, and nothing in residual blocks.
+        output: `tanh`, scaled to [0, 1]; or `linear`, from 0 … 255 to 0 … 255, as in that example.
+
+    Another word is an InputError.
     """
 
     def __init__(
-        self, norm: str = "instance", upsample: str = "nearest", padding: str = "reflect", output: str = "tanh"
+        self,
+        norm: str = "instance",
+        upsample: str = "nearest",
+        padding: str = "reflect",
+        output: str = "tanh",
     ) -> None:
         super().__init__()
-        self.architecture = {"norm": norm, "upsample": upsample, "padding": padding, "output": output}
+        words = {"norm": norm, "upsample": upsample, "padding": padding, "output": output}
+        for name, word in words.items():
+            if word not in CHOICES[name]:
+                raise InputError(f"{name} {word}: choose {' or '.join(CHOICES[name])}")
+        self.architecture = words
         self.margin = 40 if padding == "start" else 0
         self.linear = output == "linear"
-        pad, inner = ("zeros", "none") if padding == "start" else ("reflect", "reflect")
+        mode = "constant" if padding == "start" else "reflect"
+        inner = "none" if padding == "start" else "reflect"
+        Norm = nn.BatchNorm2d if norm == "batch" else partial(nn.InstanceNorm2d, affine=True)
+        Upsampling = NearestConvolution if upsample == "nearest" else TransposedConvolution
 
-        def normalization(channels: int) -> nn.Module:
-            return nn.BatchNorm2d(channels) if norm == "batch" else nn.InstanceNorm2d(channels, affine=True)
+        # Table 1: its name of a layer, and what comes out of x (B, 3, H, W). With `start`, H and W
+        # are larger by 80 at first; each residual block takes away 16 of these, or 4 at H/4.
+        self.conv1 = Convolution(3, 32, 9, 1, mode)  # 32×9×9 conv, stride 1  (B, 32, H, W)
+        self.in1 = Norm(32)
+        self.conv2 = Convolution(32, 64, 3, 2, mode)  # 64×3×3 conv, stride 2  (B, 64, H/2, W/2)
+        self.in2 = Norm(64)
+        self.conv3 = Convolution(64, 128, 3, 2, mode)  # 128×3×3 conv, stride 2  (B, 128, H/4, W/4)
+        self.in3 = Norm(128)
+        self.res1 = Residual(128, Norm, inner)  # Residual block, 128 filters  (B, 128, H/4, W/4)
+        self.res2 = Residual(128, Norm, inner)  # Residual block, 128 filters  (B, 128, H/4, W/4)
+        self.res3 = Residual(128, Norm, inner)  # Residual block, 128 filters  (B, 128, H/4, W/4)
+        self.res4 = Residual(128, Norm, inner)  # Residual block, 128 filters  (B, 128, H/4, W/4)
+        self.res5 = Residual(128, Norm, inner)  # Residual block, 128 filters  (B, 128, H/4, W/4)
+        self.deconv1 = Upsampling(128, 64, mode)  # 64×3×3 conv, stride 1/2  (B, 64, H/2, W/2)
+        self.in4 = Norm(64)
+        self.deconv2 = Upsampling(64, 32, mode)  # 32×3×3 conv, stride 1/2  (B, 32, H, W)
+        self.in5 = Norm(32)
+        self.deconv3 = Convolution(32, 3, 9, 1, mode)  # 3×9×9 conv, stride 1  (B, 3, H, W)
 
-        self.conv1, self.in1 = Convolution(3, 32, 9, pad=pad), normalization(32)
-        self.conv2, self.in2 = Convolution(32, 64, 3, 2, pad=pad), normalization(64)
-        self.conv3, self.in3 = Convolution(64, 128, 3, 2, pad=pad), normalization(128)
-        self.res1, self.res2, self.res3, self.res4, self.res5 = (Residual(128, normalization, inner) for _ in range(5))
-        self.deconv1, self.in4 = Convolution(128, 64, 3, upsample=upsample, pad=pad), normalization(64)
-        self.deconv2, self.in5 = Convolution(64, 32, 3, upsample=upsample, pad=pad), normalization(32)
-        self.deconv3 = Convolution(32, 3, 9, pad=pad)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
         """Map pictures (B, 3, H, W) in [0, 1] to stylised ones of the same size and range."""
         height, width = x.shape[-2:]
-        y = reflect(255 * x if self.linear else x, self.margin)
-        for conv, norm in ((self.conv1, self.in1), (self.conv2, self.in2), (self.conv3, self.in3)):
-            y = conv(y)  # a statement of its own, so that the map before is freed: it is large
-            y = torch.relu_(norm(y))
+        y = 255 * x if self.linear else x
+        y = pad(y, self.margin, "reflect")
+        y = torch.relu_(self.in1(self.conv1(y, strip)))
+        y = torch.relu_(self.in2(self.conv2(y, strip)))
+        y = torch.relu_(self.in3(self.conv3(y, strip)))
         for residual in (self.res1, self.res2, self.res3, self.res4, self.res5):
             y = residual(y)
-        for conv, norm in ((self.deconv1, self.in4), (self.deconv2, self.in5)):
-            y = conv(y)
-            y = torch.relu_(norm(y))
-        y = self.deconv3(y)[..., :height, :width].float()  # a side that is no multiple of 4 was rounded up
+        y = torch.relu_(self.in4(self.deconv1(y, strip)))
+        y = torch.relu_(self.in5(self.deconv2(y, strip)))
+        y = self.deconv3(y, strip)
+        y = y[..., :height, :width].float()  # crop: sides were rounded up to multiples of 4
         if self.linear:
             return (y / 255).clamp(0, 1)
-        # The paper has tanh(y). Adam's first steps shift y, a sum over 81 · 32 weights, by about 1 each: that saturates
-        # the tanh, which has no gradient there. With a tenth of y, training needs many times fewer iterations.
+        # The paper has tanh(y). Adam's first steps shift y, a sum over 81 · 32 weights, by about 1
+        # each: that saturates the tanh, which has no gradient there. With a tenth of y, training
+        # needs many times fewer iterations.
         return (torch.tanh(y / 10) + 1) / 2
 
 
-# --- Losses ------------------------------------------------------------------------------------------------
+# --- Losses ----------------------------------------------------------------------------------
 
 
 def content_loss(f: Tensor, f_target: Tensor) -> Tensor:
-    """Compute the feature reconstruction loss of feature maps (B, C, H, W), a mean over the batch."""
+    """Compute the feature reconstruction loss of feature maps (B, C, H, W), a mean over B."""
     # Johnson Eq. 2:  ℓ_feat = 1/(C H W) ‖φ(ŷ) − φ(y)‖²
     return (f.float() - f_target.float()).square().mean()
 
 
 def style_loss(g: Tensor, g_target: Tensor) -> Tensor:
-    """Compute the style reconstruction loss of Gram matrices (B, C, C), a mean over the batch."""
+    """Compute the style reconstruction loss of Gram matrices (B, C, C), a mean over B."""
     # Johnson Eq. 3:  G_cc' = 1/(C H W) Σ_hw φ_hwc φ_hwc'   (gram_matrix())
     # Johnson Eq. 4:  ℓ_style = ‖G(ŷ) − G(y)‖_F²
     return (g - g_target).square().sum((1, 2)).mean()
 
 
 class Objective:
-    """The losses of ŷ for one painting y_s, (1, 3, h, w) in [0, 1]. It holds φ and the Gram matrices of y_s."""
+    """Measure ŷ for one painting y_s, (1, 3, h, w) in [0, 1]: hold φ and the Gram matrices of y_s.
+
+    `args` has the layers, content_layer and style_layers, and the weights λ of Eq. 5.
+    """
 
     def __init__(self, vgg: VGG, y_s: Tensor, args: Namespace) -> None:
-        # The paper takes VGG as it is. Rescaled to a mean activation of 1 over the painting in each layer, as Gatys et
-        # al. do for each filter, one set of weights serves VGG-16 and VGG-19.
-        self.vgg, self.args = rescale(vgg, [y_s]), args
+        # The paper takes VGG as it is. Rescaled to a mean activation of 1 over the painting in each
+        # layer, as Gatys et al. do for each filter, one set of weights serves VGG-16 and VGG-19.
+        self.vgg = rescale(vgg, [y_s])
+        self.args = args
         with torch.no_grad():
-            self.G_s = {layer: gram_matrix(f) for layer, f in self.vgg(y_s, args.style_layers).items()}
+            f_s = self.vgg(y_s, args.style_layers)
+            self.G_s = {layer: gram_matrix(f_s[layer]) for layer in args.style_layers}
 
     def __call__(self, y_hat: Tensor, y_c: Tensor) -> dict[str, Tensor]:
-        """Return the `total` loss of ŷ for the content target y_c (B, 3, H, W), and its terms before weighting."""
-        # The content layer is relu2_2, as in the paper's text. The authors' released code has relu3_3.
-        args, layer_c = self.args, self.args.content_layer
+        """Compute the `total` loss of ŷ for the content target y_c, and its terms before weighting.
+
+        Both are (B, 3, H, W) in [0, 1].
+        """
+        args = self.args
+        layer_c = (
+            args.content_layer
+        )  # relu2_2, as in the paper's text; the authors' code has relu3_3
         with torch.no_grad():  # the target does not depend on W: no graph for it
-            f_c = self.vgg(y_c, [layer_c])[layer_c]
+            f_c = self.vgg(y_c, [layer_c])
         f = self.vgg(y_hat, [layer_c, *args.style_layers])
-        content = content_loss(f[layer_c], f_c)
+        content = content_loss(f[layer_c], f_c[layer_c])
         style = sum(style_loss(gram_matrix(f[layer]), G) for layer, G in self.G_s.items())
-        variation = total_variation(y_hat)
+        variation = common.total_variation(y_hat)
         # Johnson Eq. 5:  ŷ = argmin_y λ_c ℓ_feat(y, y_c) + λ_s ℓ_style(y, y_s) + λ_TV ℓ_TV(y)
         # The paper minimises this over the pixels, as a baseline, and over W, in Eq. 1.
         lambda_c, lambda_s, lambda_tv = args.content_weight, args.style_weight, args.tv_weight
@@ -177,12 +261,15 @@ class Objective:
         return {"total": total, "content": content, "style": style, "variation": variation}
 
 
-# --- Training ----------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------
 
 
-def step(f_W: TransformNet, objective: Objective, optimizer: torch.optim.Optimizer, x: Tensor) -> dict[str, Tensor]:
+def step(
+    f_W: TransformNet, objective: Objective, optimizer: torch.optim.Optimizer, x: Tensor
+) -> dict[str, Tensor]:
     """Change W a little on the photos x (B, 3, H, W) in [0, 1]; return the losses before."""
-    # Johnson Eq. 1:  W* = argmin_W E_{x, y_i} [ Σ_i λ_i ℓ_i(f_W(x), y_i) ]   (style transfer: y_c is x itself)
+    # Johnson Eq. 1:  W* = argmin_W E_{x, y_i} [ Σ_i λ_i ℓ_i(f_W(x), y_i) ]
+    # In style transfer, y_c is x itself.
     with autocast(x.device, objective.vgg.precision):
         y_hat = f_W(x)
     losses = objective(y_hat, x)
@@ -194,126 +281,172 @@ def step(f_W: TransformNet, objective: Objective, optimizer: torch.optim.Optimiz
 
 
 def train(args: Namespace, command: Sequence[str]) -> None:
-    """Train f_W as the command line says (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    common.check_outputs(outputs_of(args), [args.style, args.data, *(() if args.resume else args.start_from)])
+    """Train f_W (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
+    inputs = [args.style, args.data]
+    if not args.resume:
+        inputs += args.start_from
+    common.check_outputs(outputs_of(args), inputs)
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
-    samples, files = common.hold_out(common.find_images(args.data), args.crop_size)
-    samples, y_s = samples.to(device), load_image(args.style, args.style_size).to(device)
+    held_out, files = common.hold_out(common.find_images(args.data), args.crop_size)
+    y_s = load_image(args.style, args.style_size).to(device)
 
     torch.manual_seed(args.seed)
-    f_W = TransformNet(args.norm, args.upsample, args.padding)
     if args.start_from:
         f_W = load_network(args.start_from[0])
         common.go_on(args, f_W.architecture)
+    else:
+        f_W = TransformNet(args.norm, args.upsample, args.padding)
     f_W.to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
-    vgg = VGG([args.content_layer, *args.style_layers], args.vgg, args.vgg_weights, precision=precision).to(device)
+    layers = [args.content_layer, *args.style_layers]
+    vgg = VGG(layers, args.vgg, args.vgg_weights, precision=precision).to(device)
     objective = Objective(vgg, y_s, args)
 
-    record = {"architecture": f_W.architecture, "args": common.plain(args), "command": shlex.join(command)}
-    parts = {"model": f_W, "optimizer": optimizer}
-    sample = partial(save_samples, f_W, samples, precision, args.output, record)
-    steps = args.iterations + args.decay_iterations
-    run = common.Training(args, device, precision, outputs_of(args)[0], steps, parts, sample, record)
+    facts = {"architecture": f_W.architecture, "args": common.plain(args)}
+    record = facts | {"command": shlex.join(command)}
+
+    def sample(iteration: int) -> None:
+        save_samples(f_W, held_out.to(device), args, record | {"step": iteration})
+
+    run = common.Training(
+        args,
+        device,
+        precision,
+        checkpoint=outputs_of(args)[0],
+        steps=args.iterations + args.decay_iterations,
+        parts={"model": f_W, "optimizer": optimizer},
+        sample=sample,
+        record=record,
+    )
     # Photos are cropped at random. The paper resizes them to 256×256.
-    for (x,) in run.batches(common.Crops([files], args.crop_size, args.crop_size, args.seed)):
-        optimizer.param_groups[0]["lr"] = args.lr * common.lr_factor(run.step, args.iterations, args.decay_iterations)
+    crops = common.Crops([files], args.crop_size, args.crop_size, args.seed)
+    for [x] in run.batches(crops):
+        decay = common.lr_factor(run.step, args.iterations, args.decay_iterations)
+        optimizer.param_groups[0]["lr"] = args.lr * decay
         run.log(step(f_W, objective, optimizer, x))
     print(args.output)
 
 
-# --- Stylising ---------------------------------------------------------------------------------------------
+# --- Stylising -------------------------------------------------------------------------------
 
 MARGIN = 8  # px that are added to each side of a picture before stylising it, and cut off again
+STRIP = 2**18  # pixels that are convolved at a time
 
 
 @torch.no_grad()
 def stylize(
-    f_W: TransformNet, x: Tensor, strength: float = 1.0, precision: str = "auto", preserve_color: bool = False
+    f_W: TransformNet,
+    x: Tensor,
+    strength: float = 1.0,
+    precision: str = "auto",
+    preserve_color: str | None = None,
 ) -> Tensor:
-    """Stylise (B, 3, H, W) in [0, 1]; `strength` blends from the input (0) to the network's output (1).
+    """Stylise pictures x, floats (B, 3, H, W) in [0, 1], to float32 ones of the same shape.
 
-    With `preserve_color` it keeps the input's I and Q of YIQ. VGG's zero padding teaches networks to paint a faint
-    frame: a margin takes it. Models of pytorch/examples have none, and `auto` is float32: their pixels are as there.
+    `strength` blends from x (0) to the network's output (1). `preserve_color`, None or luminance,
+    keeps I and Q of YIQ. InputError if x is no batch of pictures, or too large for the memory.
+
+    Networks learn from VGG's zero padding to paint a faint frame, so a margin is stylised too and
+    cut off. Models of pytorch/examples get no margin and stay in float32, unless `precision` says
+    bfloat16, so that they give the same pixels as there.
     """
     common.check_memory(x, 300)
+    if preserve_color not in (None, "luminance"):
+        raise InputError(f"preserve_color {preserve_color}: choose luminance, or None")
+    x = x.float()
     height, width = x.shape[-2:]
     margin = 0 if f_W.linear else MARGIN
+    rows = 2 * max(16, STRIP // width // 2)
     with autocast(x.device, common.pick_precision(precision, x.device, exact=f_W.linear)):
-        y_hat = f_W(reflect(x, margin))[..., margin : margin + height, margin : margin + width]
-    return torch.lerp(x, keep_color(y_hat, x) if preserve_color else y_hat, strength)
+        y_hat = f_W(pad(x, margin, "reflect"), rows)
+    y_hat = y_hat[..., margin : margin + height, margin : margin + width]
+    if preserve_color:
+        y_hat = keep_color(y_hat, x)
+    return torch.lerp(x, y_hat, strength)
 
 
 # === Nothing below is in the paper: large pictures, files, the command line. ===
 
-STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this, trained as docs/johnson.md says
+STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this: docs/johnson.md
 model_file = partial(common.model_file, known=STYLES)
 STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
-STRIP = 2**19  # pixels of a feature map that are convolved at a time in `convolve_strips`
 
 
-def convolve_strips(convolution: Convolution, scale: float, x: Tensor) -> Tensor:
-    """Convolve x (B, C, H, W) in strips of rows; each row of x makes `scale` rows of the result.
+def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int, strip: int) -> Tensor:
+    """Convolve padded maps x (B, C, H, W) some rows at a time; all at once if `strip` is 0.
 
-    Copies of whole feature maps, padded and upsampled, would take more than 6 GB for a photo of 12 megapixels.
+    The result is the same. It takes less memory and time: torch's convolutions copy what they are
+    given. `strip` is an even number of places for a kernel that sees `kernel` rows.
     """
-    rows, strip = x.shape[-2], max(32, STRIP // int(x.shape[-1] * max(1, scale) ** 2) // 2 * 2)
-    if rows <= strip or torch.is_grad_enabled():
-        return Convolution.forward(convolution, x)
-    for top in range(0, rows, strip):
-        above = min(top, 4)  # a strip takes along the rows around it that a 9×9 kernel reaches
-        part = Convolution.forward(convolution, x[..., top - above : top + strip + 4, :])
-        if top == 0:
-            y = part.new_empty(*part.shape[:2], math.ceil(rows * scale), part.shape[-1])
-        part = part[..., int(above * scale) : int((above + strip) * scale), :]
-        y[..., int(top * scale) : int((top + strip) * scale), :] = part
-    return y
+    places = x.shape[2] - kernel + 1
+    if strip == 0 or places <= strip:
+        return convolve(x)
+    tops = range(0, places, strip)
+    return torch.cat([convolve(x[:, :, top : top + strip + kernel - 1]) for top in tops], dim=2)
+
+
+def beside(output: Path, end: str) -> Path:
+    """Name a file of the training that writes `output`: of a/b.pth, a/b.<end>."""
+    return output.with_name(f"{output.stem}.{end}")
 
 
 def outputs_of(args: Namespace) -> list[Path]:
     """List the files that another training must not overwrite, the checkpoint first."""
-    checkpoint, samples = (args.output.parent / (args.output.stem + end) for end in (".checkpoint.pth", ".samples.jpg"))
-    return [checkpoint, args.output, samples]
+    checkpoint = beside(args.output, "checkpoint.pth")
+    return [checkpoint, args.output, beside(args.output, "samples.jpg")]
 
 
 @torch.no_grad()
-def save_samples(f_W: TransformNet, x: Tensor, precision: torch.dtype, path: Path, record: dict, step: int) -> None:
-    """Write the model with its `record`, in half precision, and a sheet of photos x and what it makes of them."""
+def save_samples(f_W: TransformNet, x: Tensor, args: Namespace, record: dict) -> None:
+    """Write the model with its `record`, in half precision, and a sheet of photos x and f_W(x).
+
+    Every so many iterations, as args.keep_every says, both are written once more, to stay.
+    """
     half = {name: value.half() for name, value in f_W.state_dict().items()}
-    common.save_checkpoint(record | {"step": step, "model": half}, path)
     f_W.eval()
-    with autocast(x.device, precision):
+    with autocast(x.device, common.pick_precision(args.precision, x.device)):
         columns = {"x": x, "f_W(x)": f_W(x)}
     f_W.train()
-    common.save_sheet(columns, path.with_suffix(".samples.jpg"), {"command": record["command"]})
+    paths = [args.output]
+    if args.keep_every and record["step"] % args.keep_every == 0:
+        paths.append(beside(args.output, f"{record['step']:06d}.pth"))
+    for path in paths:
+        common.save_checkpoint(record | {"model": half}, path)
+        common.save_sheet(columns, beside(path, "samples.jpg"), {"command": record["command"]})
 
 
 def load_network(path: Path) -> TransformNet:
-    """Read a model that `train` has written, or one of the fast_neural_style example of pytorch/examples."""
+    """Read a model that `train` has written, or one of pytorch/examples' fast_neural_style."""
     state = common.load_checkpoint(path)
-    try:  # those of pytorch/examples are plain state dicts
-        network, weights = TransformNet(**state.get("architecture", {"output": "linear"})), state.get("model", state)
-        known = network.state_dict()  # older files have statistics, too, that instance norm never used
-        network.load_state_dict({n: w.float() for n, w in weights.items() if n in known or "running_" not in n})
-        if not common.all_finite(network.state_dict()):
-            raise InputError(f"{path} has weights that are not finite: train it anew, with a smaller --lr")
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise InputError(f"{path} is no model of johnson.py nor of pytorch/examples' fast_neural_style") from error
-    for name, scale in (("conv1", 1), ("conv2", 0.5), ("conv3", 0.5), ("deconv1", 2), ("deconv2", 2), ("deconv3", 1)):
-        getattr(network, name).forward = partial(convolve_strips, getattr(network, name), scale)
+    try:
+        network = TransformNet(**state.get("architecture", {"output": "linear"}))
+        known = network.state_dict()
+        weights = {}
+        for name, weight in common.plain_weights(state).items():
+            if name in known or "running_" not in name:  # statistics that older torch has kept
+                weights[name] = weight
+        network.load_state_dict(weights)
+    except (AttributeError, InputError, KeyError, RuntimeError, TypeError) as error:
+        what = "no model of johnson.py nor of pytorch/examples' fast_neural_style"
+        raise InputError(f"{path} is {what}") from error
+    if not common.all_finite(network.state_dict()):
+        raise InputError(f"{path} has weights that are not finite: train anew, with a smaller --lr")
     return network.eval()
 
 
 def stylize_files(args: Namespace, command: Sequence[str]) -> None:
-    """Stylise files and folders as the command line says; exit with status 1 if some could not be read."""
+    """Stylise files and folders as the command line says; exit with 1 if some cannot be read."""
     device = common.pick_device(args.device)
     network = load_network(args.model).to(device)
     precision = common.pick_precision(args.precision, device, exact=network.linear)
     print(f"computing on {device} in {precision}", file=sys.stderr)
-    options = args.strength, args.precision, args.preserve_color is not None
+
+    def transform(x: Tensor) -> Tensor:
+        return stylize(network, x.to(device), args.strength, args.precision, args.preserve_color)
+
     metadata = common.provenance(command, model=args.model.name)
-    common.transform_files(args, args.model.stem, lambda x: stylize(network, x.to(device), *options), metadata)
+    common.transform_files(args, args.model.stem, transform, metadata)
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
@@ -321,44 +454,56 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     number = common.number
     parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("stylize", help="stylise pictures", usage="%(prog)s input [input ...] [flags]")
+
+    usage = "%(prog)s input [input ...] [flags]"
+    sub = commands.add_parser("stylize", help="stylise pictures", usage=usage)
     add = sub.add_argument_group("pictures").add_argument
-    add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder of such")
-    add("-o", "--output", type=Path, help="picture, or folder for several (default: <input>_<model>.png)")
-    add("--image-size", type=number(int, 1, 65536), help="longer side of the result, in px (default: the input's own)")
-    models = f"{', '.join(STYLES)}, or a file, also of pytorch/examples"
+    add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder")
+    add("-o", "--output", type=Path, help="picture, or folder (default: <input>_<model>.png)")
+    size = "longer side of the result in px (default: the input's)"
+    add("--image-size", type=number(int, 1, 65536), help=size)
     add = sub.add_argument_group("style").add_argument
-    add("--model", type=model_file, metavar="MODEL", default="auvers", help=models)
-    add("--strength", type=number(most=1), default=1.0, help="from 0, the input, to 1, the network's")
-    add("--preserve-color", choices=["luminance"], help="keep the photo's colours (default: the painting's)")
+    models = f"{', '.join(STYLES)}, or a file, also of pytorch/examples"
+    add("--model", type=model_file, default="auvers", help=models)
+    add(
+        "--strength", type=number(most=1), default=1.0, help="0: the input, 1: the network's output"
+    )
+    add("--preserve-color", choices=["luminance"], help="keep the photo's colours")
     common.add_device_arguments(sub)
-    sub = commands.add_parser("train", help="make a model", usage="%(prog)s --style PAINTING --data FOLDER [flags]")
+
+    usage = "%(prog)s --style PAINTING --data FOLDER [flags]"
+    sub = commands.add_parser("train", help="make a model", usage=usage)
     add = sub.add_argument_group("pictures").add_argument
     add("--style", type=Path, required=True, help="painting")
-    add("--data", type=Path, required=True, help="folder of photos; searched with all folders in it")
+    add("--data", type=Path, required=True, help="folder of photos, in it or in folders in it")
     add("-o", "--output", type=Path, default=Path("model.pth"), help="model to write")
-    add("--crop-size", type=number(int, 8, 65536), default=256, help="side of the training crops, in px")
-    add("--style-size", type=number(int, 16, 65536), default=512, help="longer side of the painting, in px")
+    add("--crop-size", type=number(int, 8, 65536), default=256, help="side of the crops in px")
+    side = "longer side of the painting in px"
+    add("--style-size", type=number(int, 16, 65536), default=512, help=side)
     add = sub.add_argument_group("losses").add_argument
     add("--content-weight", type=number(), default=1.0, help="λ_c of Eq. 5")
     add("--style-weight", type=number(), default=5.0, help="λ_s of Eq. 5")
     add("--tv-weight", type=number(), default=4.0, help="λ_TV of Eq. 5")
-    add("--content-layer", default="relu2_2", metavar="LAYER", help="layer of the content loss")
+    add("--content-layer", default="relu2_2", help="layer of the content loss")
     layers = "layers of the style loss, of relu1_1 … relu5_3"
     add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help=layers)
-    add("--vgg", choices=["auto", "vgg16", "vgg19"], default="auto", help="auto: vgg16, of 528 MB, else vgg19")
-    add("--vgg-weights", default="auto", metavar="FILE", help="of VGG, as torchvision saves them")
+    vgg = "auto: vgg16, a download of 528 MB, or vgg19 if that fails"
+    add("--vgg", choices=["auto", "vgg16", "vgg19"], default="auto", help=vgg)
+    add("--vgg-weights", default="auto", help="file of VGG's weights, as torchvision saves them")
     add = sub.add_argument_group("network").add_argument
-    add("--norm", choices=["instance", "batch"], default="instance", help="the paper's is batch")
-    add("--upsample", choices=["nearest", "transposed"], default="nearest", help="the paper's is transposed")
-    add("--padding", choices=["reflect", "start"], default="reflect", help="start: 40 px, as in the paper")
-    add("--start-from", nargs=1, type=model_file, metavar="MODEL", default=(), help="go on from a style, or a file")
+    add("--norm", choices=CHOICES["norm"], default="instance", help="paper: batch")
+    add("--upsample", choices=CHOICES["upsample"], default="nearest", help="paper: transposed")
+    add("--padding", choices=CHOICES["padding"], default="reflect", help="paper: start, 40 px")
+    start = "model to go on from: one that comes with this, or a file"
+    add("--start-from", nargs=1, type=model_file, metavar="MODEL", default=(), help=start)
     add = sub.add_argument_group("training").add_argument
-    add("--iterations", type=number(int, 1), default=40000, help="training steps of Adam")
-    add("--decay-iterations", type=number(int), default=0, help="steps after --iterations in which the rate falls to 0")
+    add("--iterations", type=number(int, 1), default=40000, help="steps of Adam")
+    decay = "steps after --iterations in which the learning rate falls to 0"
+    add("--decay-iterations", type=number(int), default=0, help=decay)
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
-    add("--batch-size", type=number(int, 1), default=4, help="photos an iteration")
+    add("--batch-size", type=number(int, 1), default=4, help="photos per step")
     common.add_training_arguments(sub)
+
     args = common.parse_args(parser, argv, outputs_of)
     if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
         raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
@@ -368,9 +513,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 on a failure that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
+    command = ["python", "johnson.py", *argv]
     with common.one_line_errors():
         args = parse_args(argv)
-        {"stylize": stylize_files, "train": train}[args.command](args, ["python", "johnson.py", *argv])
+        if args.command == "train":
+            train(args, command)
+        else:
+            stylize_files(args, command)
 
 
 if __name__ == "__main__":

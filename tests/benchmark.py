@@ -191,7 +191,7 @@ def johnson_claims(size):
     args = gatys.parse_args(["", "", "--init=noise", "--lbfgs-iters=1"])
     for style in johnson.STYLES:
         f_W = johnson.load_network(johnson.model_file(style)).to(DEVICE)
-        saved = argparse.Namespace(**load_checkpoint(johnson.model_file(style))["settings"])
+        saved = argparse.Namespace(**load_checkpoint(johnson.model_file(style))["args"])
         layers = [saved.content_layer, *saved.style_layers]
         vgg = VGG(layers, "vgg19", precision=PRECISION).to(DEVICE)
         painting = example("style" if style == "auvers" else style, saved.style_size)

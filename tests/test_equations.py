@@ -448,6 +448,39 @@ def test_johnson_eq_1_training():
         assert (p - q).norm() < 0.02 * (q - before).norm() + 1e-5
 
 
+@pytest.mark.parametrize("edge", ["reflect", "constant"])
+@pytest.mark.parametrize("size", [(7, 6), (2, 3)])
+def test_johnson_nearest_upsampling_is_one_transposed_convolution(edge, size):
+    """Of maps enlarged 2×2 by nearest neighbours, and padded by 1, a 3×3 convolution; its gradients."""
+    layer = johnson.NearestConvolution(5, 4, edge).double()
+    maps = draw(2, 5, *size).requires_grad_()
+    large = maps.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    expected = nn.functional.conv2d(
+        nn.functional.pad(large, [1] * 4, mode=edge), layer.conv2d.weight, layer.conv2d.bias
+    )
+    y = layer(maps)
+    close(y, expected)
+    weights = draw(*y.shape, seed=1)
+    variables = [maps, *layer.parameters()]
+    gradients = torch.autograd.grad(y, variables, weights)
+    close(gradients, torch.autograd.grad(expected, variables, weights))
+
+
+def test_johnson_table_1_sizes_of_the_layers():
+    """Table 1 of the supplement: what comes out of each layer for a picture of 256×256 px."""
+    table = {"conv1": (32, 336), "conv2": (64, 168), "conv3": (128, 84)}
+    table |= {"res1": (128, 80), "res2": (128, 76), "res3": (128, 72)}
+    table |= {"res4": (128, 68), "res5": (128, 64)}
+    table |= {"deconv1": (64, 128), "deconv2": (32, 256), "deconv3": (3, 256)}
+    network, sizes = johnson.TransformNet("batch", "transposed", "start").eval(), {}
+    for name in table:
+        layer = network.get_submodule(name)
+        layer.register_forward_hook(lambda m, i, y, name=name: sizes.update({name: y.shape[1:]}))
+    with torch.no_grad():
+        network(pictures(1, 3, 256, 256))
+    assert sizes == {name: (channels, side, side) for name, (channels, side) in table.items()}
+
+
 # --- Zhu, Park, Isola, Efros 2017: Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks
 
 # Networks that every reader can follow: generators change colours, discriminators judge every fourth pixel.

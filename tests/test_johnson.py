@@ -1,11 +1,14 @@
-"""johnson.py: its network in all variants, what a training leaves, published models, and stylising."""
+"""johnson.py: its network in all variants, its trainings, published models, and stylising."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import CONTENT, ROOT, STYLE, equal, files, norm, run, save_noise
+from conftest import CONTENT, ROOT, STYLE, equal, files, run, save_noise, state
+from conftest import norm as norm_of
 
 import common
 import johnson
@@ -24,7 +27,7 @@ def by_hand(p, x, norm="instance", upsample="nearest", padding="reflect"):
     """Compute the supplement's Table 1 up to the last convolution, from weights p."""
 
     def normalize(name, y):
-        y = norm(y, (0, 2, 3) if norm == "batch" else (2, 3))
+        y = norm_of(y, (0, 2, 3) if norm == "batch" else (2, 3))
         return y * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None]
 
     def conv(name, y, stride=1, up=False):
@@ -91,6 +94,8 @@ def test_a_training_in_bfloat16(photos, command):
     with torch.nn.modules.module.register_module_forward_hook(note):
         run(command, "--precision", "bfloat16", "--device", "auto")
     assert dtypes["Conv2d"] == {torch.bfloat16}
+    if "johnson" in command:
+        assert dtypes["NearestConvolution"] == {torch.bfloat16}
     names = {"TransformNet", "Generator", "PatchDiscriminator"} & dtypes.keys()
     assert {dtype for name in names for dtype in dtypes[name]} == {torch.float32}
 
@@ -118,9 +123,8 @@ def test_what_a_training_leaves(photos):
 
 
 def test_a_training_starts_from_its_seed_or_from_another_style(photos):
-    run(
-        f"{TRAIN} --crop-size 44 --lr 0 -o a.pth --seed 7 --norm batch --upsample transposed --padding start"
-    )
+    network = "--norm batch --upsample transposed --padding start"
+    run(f"{TRAIN} --crop-size 44 --lr 0 -o a.pth --seed 7 {network}")
     run(f"{TRAIN} --crop-size 44 --lr 0 -o b.pth --start-from a.pth")
     torch.manual_seed(7)
     expected = TransformNet("batch", "transposed", "start").half().float()
@@ -129,7 +133,7 @@ def test_a_training_starts_from_its_seed_or_from_another_style(photos):
 
 
 def test_published_models_give_the_same_pixels(monkeypatch):
-    """The network of pytorch/examples: no tanh, no margin, 0 … 255, float32 unless another is asked for."""
+    """The network of pytorch/examples: no tanh, no margin, 0 … 255, float32 by default."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     torch.manual_seed(0)
     network, x = (
@@ -179,21 +183,149 @@ def test_a_margin_hides_the_frame():
 
 
 @pytest.mark.parametrize("switches", NETWORKS[:4], ids="-".join)
-@pytest.mark.parametrize("size", [(301, 44), (129, 45), (65, 47)])
-def test_a_large_picture_is_computed_in_strips_with_the_same_result(switches, size, monkeypatch):
-    network, x = contrasting(TransformNet(*switches)).eval(), torch.rand(1, 3, *size)
-    torch.save({"architecture": network.architecture, "model": network.state_dict()}, "m.pth")
-    monkeypatch.setattr(johnson, "STRIP", 1)  # 32 rows each
+@pytest.mark.parametrize("size", [(129, 45), (65, 47), (64, 44), (68, 44)])
+def test_strips_give_the_same_result(switches, size):
+    network = contrasting(TransformNet(*switches)).eval()
+    x = torch.rand(1, 3, *size)
     with torch.inference_mode():
         whole = network(x)
-        torch.testing.assert_close(load_network(Path("m.pth"))(x), whole, rtol=0, atol=1e-4)
+        for strip in (32, 34):
+            torch.testing.assert_close(network(x, strip), whole, rtol=0, atol=1e-4)
     assert (whole[..., 1:, :] - whole[..., :-1, :]).abs().max() > 0.1  # a shift could be seen
+
+
+@pytest.mark.parametrize(("pixels", "rows"), [(1, 32), (45 * 35, 34), (45 * 46, 46)])
+def test_a_large_picture_is_stylised_in_strips_of_an_even_number_of_rows(pixels, rows, monkeypatch):
+    network = contrasting(TransformNet()).eval()
+    x = torch.rand(1, 3, 301, 45)
+    whole = stylize(network, x, precision="float32")
+    seen = {"conv": set(), "up": set()}
+    for name in ("conv1", "conv2", "conv3", "deconv3"):
+        layer = getattr(network, name).conv2d
+        layer.register_forward_hook(lambda m, inputs, y: seen["conv"].add(y.shape[2] * m.stride[0]))
+    transposed = nnf.conv_transpose2d
+
+    def note(x, **options):
+        seen["up"].add(x.shape[2] - 2)
+        return transposed(x, **options)
+
+    monkeypatch.setattr(nnf, "conv_transpose2d", note)
+    monkeypatch.setattr(johnson, "STRIP", pixels)
+    torch.testing.assert_close(stylize(network, x, precision="float32"), whole, rtol=0, atol=1e-4)
+    assert max(seen["conv"]) == max(seen["up"]) == rows
+
+
+def test_a_picture_that_is_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 1000)  # pages, of as many bytes: 1 MB
+    network = TransformNet().eval()
+    stylize(network, torch.rand(1, 3, 40, 40))
+    with pytest.raises(InputError, match="out of memory"):
+        stylize(network, torch.rand(1, 3, 70, 70))
+
+
+@pytest.mark.parametrize("name", johnson.CHOICES)
+def test_an_unknown_word_is_refused(name):
+    with pytest.raises(InputError, match=f"{name} batchnorm: choose {johnson.CHOICES[name][0]} or"):
+        TransformNet(**{name: "batchnorm"})
+    torch.save({"architecture": {name: "batchnorm"}, "model": {}}, "m.pth")
+    with pytest.raises(InputError, match=r"m\.pth is no model"):
+        load_network(Path("m.pth"))
+
+
+@pytest.mark.parametrize("switches", [{}, {"padding": "start", "norm": "batch"}], ids=str)
+def test_the_comments_say_what_comes_out_of_each_layer(switches):
+    """With `start`, they say what would come out without its 80 px."""
+    network = TransformNet(**switches).eval()
+    x = torch.rand(2, 3, 64, 48)
+    shapes = {}
+    for name, module in network.named_children():
+        module.register_forward_hook(lambda m, i, y, name=name: shapes.update({name: y.shape}))
+    network(x)
+    lines = re.findall(
+        r"self\.(\w+) = .*# .* {2}\(B, (\d+), (H\S*), (W\S*)\)$",
+        inspect.getsource(TransformNet),
+        re.MULTILINE,
+    )
+    assert len(lines) == 11
+    for name, channels, height, width in lines:
+        expected = [eval(side, {"H": 64, "W": 48}) for side in (height, width)]
+        if switches:
+            left = {"c": 20, "r": 20 - 4 * int(name[-1]), "d": 0}[name[0]]
+            scale = {"conv1": 4, "conv2": 2}.get(name, 1)
+            expected = [side + left * scale for side in expected]
+        assert shapes[name] == (2, int(channels), *expected), name
+
+
+def test_any_float_is_taken_and_what_is_no_picture_refused():
+    network = contrasting(TransformNet()).eval()
+    x = torch.rand(2, 3, 20, 24)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        y = stylize(network, x.to(dtype), 0.7, "float32", "luminance")
+        assert y.dtype == torch.float32
+        expected = stylize(network, x.to(dtype).float(), 0.7, "float32", "luminance")
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    wrong = [x[:0], x[..., :0], x[0], x[:, :2], x[0, 0, 0, 0], x.byte(), x / 0, 2 * x, x.tolist()]
+    for pictures in wrong:
+        with pytest.raises(InputError, match="0 to 1"):
+            stylize(network, pictures)
+    with pytest.raises(InputError, match="luminance"):
+        stylize(network, x, preserve_color="histogram")
+
+
+@pytest.mark.parametrize("key", ["", "model", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_weights_load_from_any_wrapper(key, prefix):
+    network = TransformNet()
+    weights = {prefix + name: weight for name, weight in network.state_dict().items()}
+    weights[prefix + "in1.running_mean"] = torch.rand(32)  # older torch kept it, without using it
+    torch.save({key: weights, "epoch": 3} if key else weights, "m.pth")
+    loaded = load_network(Path("m.pth"))
+    equal(loaded.state_dict(), network.state_dict())
+    assert loaded.linear and not loaded.training
+
+
+def test_keep_every_keeps_models_and_sheets(photos):
+    kept = [f"a.{step}.{end}" for step in ("000004", "000008") for end in ("pth", "samples.jpg")]
+    run(TRAIN, "--iterations", 9, "--keep-every", 4, "-o", "new/a.pth")
+    assert set(kept) < set(files("new"))
+    models = {name: common.load_checkpoint(Path("new", name)) for name in (*kept[::2], "a.pth")}
+    assert [model["step"] for model in models.values()] == [4, 8, 9]
+    run(TRAIN, "--iterations", 4, "-o", "b.pth")
+    b = common.load_checkpoint(Path("b.pth"))["model"]
+    equal(models["a.000004.pth"]["model"], b)
+    assert load_image("new/a.000004.samples.jpg").equal(load_image("b.samples.jpg"))
+    run("johnson.py stylize photos/0/0.png --model new/a.000004.pth -o y.png")
+
+
+def test_samples_do_not_change_a_training(photos):
+    """They are made in eval mode: batch norm takes the statistics of the training."""
+    for name, every in (("a", 1), ("b", 100)):
+        run(f"{TRAIN} --norm batch --iterations 3 --checkpoint-every {every} -o {name}/a.pth")
+    equal(state("a"), state("b"))
+    model = load_network(Path("a/a.pth"))
+    held_out, _ = common.hold_out(common.find_images(Path("photos")), 16)
+    with torch.inference_mode():
+        common.save_sheet({"x": held_out, "f_W(x)": model(held_out)}, Path("sheet.jpg"), {})
+    close = torch.testing.assert_close
+    close(load_image("sheet.jpg"), load_image("a/a.samples.jpg"), rtol=0, atol=0.05)
+
+
+def test_the_models_that_come_with_it_have_what_a_training_writes(photos):
+    run(TRAIN, "-o", "a.pth")
+    written = common.load_checkpoint(Path("a.pth"))
+    for name in johnson.STYLES:
+        model = common.load_checkpoint(johnson.model_file(name))
+        assert model.keys() == written.keys()
+        assert model["args"].keys() == written["args"].keys()
+        assert not re.search(r"'/|home|root", str(model["args"]))
 
 
 def test_every_flag_of_stylize(photos):
     network, x = contrasting(TransformNet()).eval(), load_image("photos/0/0.png")
     full = stylize(network, x, precision="float32")
-    kept = stylize(network, x, 0.25, "float32", preserve_color="luminance")
+    kept = stylize(network, x, 0.25, "float32", "luminance")
     torch.testing.assert_close(kept, 0.75 * x + 0.25 * common.keep_color(full, x))
     torch.save({"architecture": network.architecture, "model": network.state_dict()}, "m.pth")
     for flag in ("", "--precision bfloat16", "--preserve-color luminance", "--strength 0.5"):
