@@ -895,9 +895,9 @@ def find_faces(image: Tensor) -> Tensor:
     y = torch.arange(image.shape[-2]).float()[:, None]  # (H, 1)
     x = torch.arange(image.shape[-1]).float()  # (W,)
     for left, top, right, bottom in boxes.astype(float):
-        # The box ends at brows and chin. So the ellipse's sides are 1.4 times as long.
+        # The box ends at brows, cheeks and chin. So the ellipse is higher than it, and a bit wider.
         dy = (y - (top + bottom) / 2) / (0.7 * (bottom - top))
-        dx = (x - (left + right) / 2) / (0.7 * (right - left))
+        dx = (x - (left + right) / 2) / (0.63 * (right - left))
         radius = torch.hypot(dx, dy)  # (H, W), 1 on the ellipse
         mask = torch.maximum(mask, ((1.2 - radius) / 0.4).clamp(0, 1))  # a soft edge
     return mask
