@@ -243,11 +243,10 @@ def optimize(
 
     It yields x and its losses after each step, which is `args.lbfgs_iters` evaluations.
     """
-    # The optimiser changes z, where x = x_0 + unit · smooth(z), and sees the gradient g times a
-    # gain: |g|₁, the sum over all values, starts at 1e6. torch's first move, 1e5·lr·g/|g|₁, then
-    # changes x by 1/100 of white on average. If that shows no positive curvature (grey photos), the
-    # next is lr·g: by 1/10, no more. Curvatures below 1e-10, which torch ignores, are far away.
-    unit = 1e-7 * x.numel()
+    # The optimiser changes z, where x = x_0 + unit · smooth(z). torch's L-BFGS first moves z by 1
+    # in sum: in this unit, x by 1/100 of white on average. It sees the gradient times a gain, so
+    # that all |g| are 1e6 in sum at first: curvatures below 1e-10, which it ignores, are far away.
+    unit = x.numel() / 100
     x_0 = x
     gain = None
     z = torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=True)
@@ -267,10 +266,11 @@ def optimize(
         return gain * losses["total"].detach()
 
     for step in range(1, num_steps + 1):
-        for iteration in range(args.lbfgs_iters):
+        for _ in range(args.lbfgs_iters):
+            z_before = z.detach().clone()
             optimizer.step(closure)
-            if step == 1 and iteration == 0 and args.optimizer == "lbfgs":
-                optimizer.param_groups[0]["lr"] = args.lr
+            if args.optimizer == "lbfgs":
+                bound_move(optimizer, z, z_before, most=0.1 * args.lr / unit)
         values = torch.stack([*losses.values()]).tolist()
         if not all(map(math.isfinite, values)):
             advice = "try a smaller --lr, or smaller weights"
@@ -284,7 +284,20 @@ def make_optimizer(z: Tensor, unit: float, args: Namespace) -> torch.optim.Optim
         return torch.optim.Adam([z], args.lr / unit)
     history = 5 if args.tile_size else 20
     limits = {"max_iter": 1, "tolerance_grad": 0, "tolerance_change": 0, "history_size": history}
-    return torch.optim.LBFGS([z], 1e5 * args.lr, **limits)  # 1e5: of the first move alone
+    return torch.optim.LBFGS([z], args.lr, **limits)
+
+
+@torch.no_grad()
+def bound_move(optimizer: torch.optim.LBFGS, z: Tensor, z_before: Tensor, most: float) -> None:
+    """Shorten the last move of L-BFGS, so that it changes z by `most` on average.
+
+    Where it knows no curvature, as at the start from a grey photo, it moves by the gradient itself,
+    which may be of any size. Where it knows a wrong one, its moves can be as long.
+    """
+    length = (z - z_before).abs().mean().item()
+    if length > most:
+        z.copy_(torch.lerp(z_before, z, most / length))
+        optimizer.state[z]["t"] *= most / length  # the step that it remembers
 
 
 def damping_table(x: Tensor, args: Namespace) -> Tensor | None:

@@ -647,11 +647,6 @@ def test_total_variation_counts_both_directions():
     assert common.total_variation(torch.tensor([[[[0.0, 2.0], [0.0, 5.0]]]])) == 9 / 2 + 29 / 2
 
 
-def test_the_gram_matrix_has_a_second_derivative():
-    features = torch.rand(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(common.gram_matrix, features)
-
-
 # --- The command line ---------------------------------------------------------------------
 
 

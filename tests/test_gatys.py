@@ -549,7 +549,8 @@ def test_faces_are_protected(monkeypatch, pictures):
         assert not mask[[50, 50, 15, 85], [65, 4, 35, 35]].any()
         assert torch.equal(settings(photo, pictures[1:], protect="faces").protect[0, 0], mask)
         if white:  # the edge, between 0.8 and 1.2 of the ellipse, is soft
-            assert mask[50, 35 + 21].item() == pytest.approx(0.5, abs=0.01)
+            assert mask[50, 35 + 19].item() == pytest.approx(0.5, abs=0.02)  # 0.63 · 30 px wide
+            assert mask[50 + 28, 35].item() == pytest.approx(0.5, abs=0.01)  # 0.7 · 40 px high
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)  # not installed
     with pytest.raises(InputError, match="facenet"):
         gatys.find_faces(photo)
@@ -808,10 +809,11 @@ def test_everything_that_can_be_saved():
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 6)]
     assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", *frames])
     shown = list(load_frames("new/a.gif"))
-    assert 6 < len(shown) <= 8 + 5 + 1
+    assert 3 <= len(shown) <= 1 + 5 + 1  # the photo, the steps, the result
     assert (shown[0][0] - load_image(CONTENT, 48)).abs().mean() < 0.1
+    assert shown[0][1] == 1000 and shown[1][1] % 100 == 0
     assert (shown[-1][0] - load_image("new/a.jpg")).abs().mean() < 0.1
-    assert shown[0][1] == 100 and shown[-1][1] >= 2000  # ms; Pillow joins equal frames
+    assert shown[-1][1] >= 2000  # ms; Pillow joins equal frames
     for picture in ("a.gif", "a.jpg", *frames):
         assert load_image(f"new/{picture}").shape == (1, 3, 32, 48)  # also of the coarse scale
     assert load_image("new/a_losses.png").std() > 0.01
@@ -823,14 +825,17 @@ def test_everything_that_can_be_saved():
 
 
 def test_an_animation_of_many_steps_has_few_small_pictures():
-    """The photo, the first step, and about 48 later ones, of 384 px or less."""
+    """The first step, and about 48 later ones, of 384 px or less."""
     photo = torch.rand(1, 3, 4, 480)
-    film = gatys.Film(photo, 100, settings(photo, [photo]))
-    for step in range(1, 101):
-        film.add(step, photo * (step / 100))
-    assert len(film.frames) == 2 + 33
-    assert {frame.shape[-1] for frame in film.frames} == {384}
-    assert film.frames[1].mean() < 0.01 < film.frames[2].mean() < 0.02
+    args = settings(photo, [photo], num_steps=100)
+    args.output, args.save_gif, args.save_all = Path("a.png"), True, False
+    progress = gatys.Progress(100)
+    frames = ((photo * (step / 100), {"total": 1.0 / step}) for step in range(1, 101))
+    gatys.watch(frames, photo, args, progress)
+    assert len(progress.film) == 1 + 33
+    assert {frame.shape[-1] for frame in progress.film} == {384}
+    assert progress.film[0].mean() < 0.01 < progress.film[1].mean() < 0.02
+    assert (progress.best_step, len(progress.history)) == (100, 100)
 
 
 FLAGS = """--content-weight 50 | --style-weight 1 | --tv-weight 900 | --num-steps 6 |
@@ -1012,7 +1017,6 @@ def test_files_that_make_no_sense_are_told_in_one_line(fails):
         ("b.png f.png f.png --style-masks in/a.jpg -o in/a.jpg", "input"),
         ("f.png b.png -o ./b.png", "input"),
         ("c.gif b.png --save-gif -o c.png", "c.gif"),
-        ("f.png b.png --style-layers relu5_1 --image-size 8 --scales 2", "too small"),
         ("f.png b.png --tile-size 24", "multiple of 16"),
         ("f.png b.png --tile-size 8", "16"),
         ("f.png b.png b.png b.png --style-masks b.png", "--style-masks"),
