@@ -997,8 +997,16 @@ class Training:
             ratio = self.pace / state.get("pace", self.pace)
             self.step = int(state["step"] * ratio + 1e-6)
             for row in state["history"]:
+<<<<<<< HEAD
                 row = {name: float(value) for name, value in row.items()}
-                self.history.append(row | {"step": round(row["step"] * ratio)})
+                step = row["step"] * ratio
+                self.history.append(row | {"step": int(step) if step.is_integer() else step})
+=======
+                values = {name: float(value) for name, value in row.items()}
+                self.history.append(values | {"step": values["step"] * ratio})
+            if self.step and not self.history:
+                raise ValueError("no losses")
+>>>>>>> a3563c125a9cba5f773184d22f5d986b2ef4c54d
         except Exception as error:  # a foreign file can fail anywhere
             what = "no checkpoint of this script's train with these flags"
             raise InputError(f"{self.checkpoint} is {what}") from error
@@ -1006,7 +1014,7 @@ class Training:
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
         """Yield each batch that is left, on the device; `log` ends the step."""
         print(f"training on {self.device} in {self.precision}", file=sys.stderr)
-        if self.history and process_rank() == 0:  # it may have been killed after its checkpoint
+        if self.step and process_rank() == 0:  # it may have been killed after its checkpoint
             self.save_results()
         if self.step >= self.steps:
             done = f"{self.checkpoint} is of step {self.step} of {self.steps}"

@@ -881,6 +881,14 @@ def test_a_resumed_training_goes_on_after_as_many_pictures(training, monkeypatch
     assert "batch_size 2 → 8" in capsys.readouterr().err
 
 
+def test_a_training_that_has_hardly_begun_begins_with_larger_batches(training):
+    """One step of two pictures is less than a step of eight: it leaves no results of a step 0."""
+    run(training.format("a"), 1)
+    written = files("a")
+    run(training.format("a"), 1, "--batch-size", 8, "--resume")
+    assert files("a") == written and state("a")["step"] == 1
+
+
 def epochs(folder):
     rows = [row.split(",") for row in Path(folder, "losses.csv").read_text().splitlines()[1:]]
     return [int(row[1]) for row in rows]
@@ -1100,6 +1108,7 @@ def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails
         {name: {}},
         {name: torch.rand(3)},
         {"step": None},
+        {"history": []},
         {"history": [{"step": "many"}]},
         {"pace": "slow"},
         {optimizer: {}},
