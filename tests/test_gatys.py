@@ -1030,3 +1030,12 @@ def test_files_that_make_no_sense_are_told_in_one_line(fails):
     image = torch.rand(1, 3, 9, 9)
     settings(image, [image] * 5, style_blend=[1.0] * 5)
     parse_args(["a", "b", "c", "d", "e", "f", "--style-blend", "1", "1", "1", "1", "1"])
+
+
+def test_the_style_distance_of_the_benchmark():
+    """Of the photo all is left, of the painting nothing."""
+    import benchmark
+
+    photo, painting = load_image(CONTENT, 48), load_image(STYLE, 64)
+    for made, left in ((photo, 1), (painting, 0)):
+        assert benchmark.style_left(made, photo, painting, 32) == pytest.approx(left, abs=1e-6)
