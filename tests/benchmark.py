@@ -67,21 +67,27 @@ def gatys_evaluation(size):
     return lambda: objective(content.clone().requires_grad_())["total"].backward(), plain
 
 
-def gatys_style(size):
-    """Print the share of the photo's style distance that the default command leaves.
+@torch.no_grad()
+def style_left(made, photo, painting, side):
+    """Return the share of the photo's style distance that is left, at a longer side of `side` px.
 
-    The distance is the mean over the layers of ¼ Σ (G − A)², with all pictures at a longer side of
-    so many px, and VGG in units of its mean activation over the photo and the painting.
+    It is the mean over the layers of E_l = ¼ Σ (G − A)² of the picture, divided by that of the
+    photo. VGG's unit is its mean activation over the photo and the painting.
     """
-    photo, painting = example("content", size), example("style", size)
-    pictures = [gatys.stylize(photo, [painting]), photo, painting]
+    images = [resize(image, side / max(image.shape)) for image in (made, photo, painting)]
     vgg = VGG(gatys.STYLE_LAYERS, "vgg19", pooling="avg").to(DEVICE)
-    for side in (128, 256, 384):
-        scaled = [resize(picture, side / max(picture.shape)) for picture in pictures]
-        unit = rescale(vgg, scaled[1:])
-        G, before, A = ([gram_matrix(f) for f in unit(image).values()] for image in scaled)
-        left = sum(map(gatys.style_loss, G, A)) / sum(map(gatys.style_loss, before, A))
-        print(f"gatys-style         {size:>4} px leaves {left:.3f} at {side} px", flush=True)
+    vgg = rescale(vgg, images[1:])
+    G, P, A = ([gram_matrix(f) for f in vgg(image).values()] for image in images)
+    E = [gatys.style_loss(g, a) / gatys.style_loss(p, a) for g, p, a in zip(G, P, A, strict=True)]
+    return torch.stack(E).mean().item()
+
+
+def gatys_style(size):
+    """Print the share of the style distance that the default command leaves, at three sizes."""
+    photo, painting = example("content", size), example("style", size)
+    made = gatys.stylize(photo, [painting])
+    left = [f"{style_left(made, photo, painting, side):.3f} at {side}" for side in (128, 256, 384)]
+    print(f"gatys-style         {size:>4} px  of the style distance is left: {', '.join(left)} px")
 
 
 def johnson_step(size):

@@ -143,6 +143,14 @@ def test_moves_are_bounded_while_no_curvature_is_known(lr):
         assert means == pytest.approx([0.01 * lr, 0.21 * lr], rel=1e-3)
 
 
+def test_tiles_save_memory_in_the_optimiser_too():
+    """Each step that L-BFGS remembers takes two pictures."""
+    z = torch.zeros(1, 3, 8, 8, requires_grad=True)
+    for flags, steps in (([], 20), (["--tile-size", "512"], 5)):
+        optimizer = gatys.make_optimizer(z, 1, parse_args(["a", "b", *flags]))
+        assert optimizer.param_groups[0]["history_size"] == steps
+
+
 def test_a_flat_loss_leaves_the_picture_alone():
     for optimizer in ("lbfgs", "adam"):
         (x, losses), *_ = optimize(lambda x: 0 * x.sum() + 2, 3, 2, optimizer=optimizer)
@@ -334,11 +342,21 @@ def test_the_units_are_those_of_pictures_of_1024_px_at_most(monkeypatch, picture
     assert [image.shape[2:] for image in seen[0]] == [(12, 24), (4, 1024)]
 
 
-def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(pictures):
-    photo, style = pictures
-    small = [resize(image, 0.5) for image in pictures]
+def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(
+    monkeypatch, pictures
+):
+    style = pictures[1]
+    photo = torch.lerp(pictures[0], LEFT, 0.95)  # an edge, at which bicubic scaling leaves [0, 1]
+    small = [resize(image, 0.5) for image in (photo, style)]
     options = {"lbfgs_iters": 1, "init": "content", "num_steps": 2}
     coarse = paint(small[0], small[1:], **options)
+    starts, optimize = [], gatys.optimize
+
+    def note(x, *arguments):
+        starts.append(x)
+        return optimize(x, *arguments)
+
+    monkeypatch.setattr(gatys, "optimize", note)
     both = paint(photo, [style], scales=2, **options)
     assert [picture.shape[-1] for picture, _ in both] == [28, 28, 56]
     for (a, losses), (b, others) in zip(coarse, both[:2], strict=True):
@@ -347,6 +365,7 @@ def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(
     # With one evaluation at full size, the picture there is what it starts from.
     enlarged = nnf.interpolate(both[1][0], (40, 56), mode="bicubic").clamp(0, 1)
     close(both[2][0], enlarged, rtol=0, atol=1e-4)
+    close(starts[1], widen(enlarged))
     assert (resize(photo, 0.25) - nnf.avg_pool2d(photo, 4)).abs().mean() < 0.05
 
 
@@ -866,7 +885,9 @@ CASES = [([3, 2, 5], False), ([3, 2, 5, 1], True), ([4, 3, 2], False)]
 
 
 @pytest.mark.parametrize(("losses", "interrupted"), CASES)
-def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses, interrupted):
+def test_the_picture_of_the_least_loss_at_full_size_is_kept(
+    monkeypatch, capsys, losses, interrupted
+):
     """Of a finished run, and of one that Ctrl-C ends in its fifth step.
 
     The loss of a coarser scale is another one.
@@ -887,6 +908,9 @@ def test_the_picture_of_the_least_loss_at_full_size_is_kept(monkeypatch, losses,
         assert picture.mean().item() == pytest.approx(least / 10, abs=0.01)
     assert f"step: {2 + losses.index(least)} of 4" in provenance("content_style.png")
     assert len(Path("content_style_losses.csv").read_text().splitlines()) == 5
+    last = capsys.readouterr().err.splitlines()[-1]
+    stopped = f"stopped: content_style.png holds the picture of step {2 + losses.index(least)} of 4"
+    assert (last == stopped) == interrupted
     if not interrupted:
         black = torch.zeros(1, 3, 32, 48)
         assert tiny(black, [black]).max().item() == pytest.approx(least / 10)
@@ -1034,3 +1058,12 @@ def test_files_that_make_no_sense_are_told_in_one_line(fails):
     image = torch.rand(1, 3, 9, 9)
     settings(image, [image] * 5, style_blend=[1.0] * 5)
     parse_args(["a", "b", "c", "d", "e", "f", "--style-blend", "1", "1", "1", "1", "1"])
+
+
+def test_the_style_distance_of_the_benchmark():
+    """Of the photo all is left, of the painting nothing."""
+    import benchmark
+
+    photo, painting = load_image(CONTENT, 48), load_image(STYLE, 64)
+    for made, left in ((photo, 1), (painting, 0)):
+        assert benchmark.style_left(made, photo, painting, 32) == pytest.approx(left, abs=1e-6)
