@@ -997,16 +997,11 @@ class Training:
             ratio = self.pace / state.get("pace", self.pace)
             self.step = int(state["step"] * ratio + 1e-6)
             for row in state["history"]:
-<<<<<<< HEAD
                 row = {name: float(value) for name, value in row.items()}
                 step = row["step"] * ratio
                 self.history.append(row | {"step": int(step) if step.is_integer() else step})
-=======
-                values = {name: float(value) for name, value in row.items()}
-                self.history.append(values | {"step": values["step"] * ratio})
             if self.step and not self.history:
-                raise ValueError("no losses")
->>>>>>> a3563c125a9cba5f773184d22f5d986b2ef4c54d
+                raise ValueError(\"no losses\")
         except Exception as error:  # a foreign file can fail anywhere
             what = "no checkpoint of this script's train with these flags"
             raise InputError(f"{self.checkpoint} is {what}") from error
