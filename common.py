@@ -1001,7 +1001,7 @@ class Training:
                 step = row["step"] * ratio
                 self.history.append(row | {"step": int(step) if step.is_integer() else step})
             if self.step and not self.history:
-                raise ValueError(\"no losses\")
+                raise ValueError("no losses")
         except Exception as error:  # a foreign file can fail anywhere
             what = "no checkpoint of this script's train with these flags"
             raise InputError(f"{self.checkpoint} is {what}") from error
