@@ -757,7 +757,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     add = parser.add_argument_group("regions and colours").add_argument
     masks = "where styles go, in white; the last has the rest"
-    add("--style-masks", nargs="*", type=Path, default=[], metavar="MASK", help=masks)
+    add("--style-masks", nargs="*", type=Path, default=(), metavar="MASK", help=masks)
     colors = "keep the photo's colours (default: the style's)"
     add("--preserve-color", choices=["luminance", "histogram"], help=colors)
     add("--protect", metavar="MASK", help="keep the photo where this is white; faces: find them")

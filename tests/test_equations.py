@@ -360,11 +360,11 @@ def test_gatys_2017_section_5_colors_of_transparent_pictures():
     close(moments_by_loops(x, wide_alpha), expected, rtol=0, atol=1e-4)
 
 
-# --- Johnson, Alahi, Fei-Fei 2016: Perceptual Losses for Real-Time Style Transfer and Super-Resolution -------
+# --- Johnson, Alahi, Fei-Fei 2016: Perceptual Losses for Real-Time Style Transfer … --------------
 
 
 def test_johnson_eq_2_feature_reconstruction_loss():
-    """ℓ_feat = 1/(C H W) ‖φ(ŷ) − φ(y)‖², a mean over the batch; a layer has C channels, which are Gatys' N filters"""
+    """ℓ_feat = 1/(C H W) ‖φ(ŷ) − φ(y)‖², a mean over the batch; C are Gatys' N filters."""
     y_hat, y = draw(2, 2, N, H, W)
     positions = itertools.product(range(2), range(N), range(H), range(W))
     eq_2 = sum((y_hat[p] - y[p]) ** 2 for p in positions).item() / (N * H * W)
@@ -399,7 +399,7 @@ PHI = VGG(["relu2_1", "relu1_2", "relu2_2", "relu3_1"], "vgg16", "random")  # th
 
 
 def eq_5(y_hat, y_c, y_s):
-    """Johnson Eq. 5, the objective of ŷ:  λ_c ℓ_feat(ŷ, y_c) + λ_s Σ_l ℓ_style(ŷ, y_s) + λ_TV ℓ_TV(ŷ)"""
+    """Johnson Eq. 5, of ŷ:  λ_c ℓ_feat(ŷ, y_c) + λ_s Σ_l ℓ_style(ŷ, y_s) + λ_TV ℓ_TV(ŷ)"""
     phi = copy.deepcopy(PHI).double()
     f, f_c, f_s = (phi(image.double()) for image in (y_hat, y_c, y_s))
     # In each layer the unit is the mean activation on the painting, as `rescale` makes it.
@@ -420,7 +420,7 @@ def eq_5(y_hat, y_c, y_s):
 
 
 def test_johnson_eq_5_objective():
-    """Also its gradient with respect to ŷ: in the paper's baseline, ŷ itself is what is optimised."""
+    """Also its gradient with respect to ŷ, which the paper's baseline optimises."""
     y_s, (y_hat, y_c) = pictures(1, 3, 24, 32), pictures(2, 2, 3, 16, 20, seed=1).requires_grad_()
     objective = johnson.Objective(PHI, y_s, JOHNSON)
     johnson.Objective(PHI, y_s**3, JOHNSON)  # must not change the first
@@ -451,7 +451,7 @@ def test_johnson_eq_1_training():
 @pytest.mark.parametrize("edge", ["reflect", "constant"])
 @pytest.mark.parametrize("size", [(7, 6), (2, 3)])
 def test_johnson_nearest_upsampling_is_one_transposed_convolution(edge, size):
-    """Of maps enlarged 2×2 by nearest neighbours, and padded by 1, a 3×3 convolution; its gradients."""
+    """Maps are enlarged 2×2 by nearest neighbours, padded by 1, convolved; its gradients."""
     layer = johnson.NearestConvolution(5, 4, edge).double()
     maps = draw(2, 5, *size).requires_grad_()
     large = maps.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -481,9 +481,9 @@ def test_johnson_table_1_sizes_of_the_layers():
     assert sizes == {name: (channels, side, side) for name, (channels, side) in table.items()}
 
 
-# --- Zhu, Park, Isola, Efros 2017: Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks
+# --- Zhu, Park, Isola, Efros 2017: Unpaired Image-to-Image Translation using Cycle-Consistent …
 
-# Networks that every reader can follow: generators change colours, discriminators judge every fourth pixel.
+# Networks that a reader can follow: generators change colours, D judges every fourth pixel.
 G, F = lambda x: 0.9 * x.flip(1), lambda y: y.square()
 D_X, D_Y = lambda x: x[:, :1, ::2, ::2] - 0.3, lambda y: 2 * y[:, 1:2, ::2, ::2]
 x, y = pictures(2, 2, 3, 4, 6).double()
@@ -575,7 +575,7 @@ def test_cyclegan_eq_4_training():
 
 
 def test_cyclegan_section_4_pool_of_past_pictures():
-    """D sees the newest picture, or half the time one of 50 kept ones, which then leaves the pool."""
+    """D sees the newest picture, or half the time one of 50 kept ones, which then leaves."""
     pool = cyclegan.ImagePool(50, seed=0)
     numbers = [torch.full((1, 1, 1, 1), float(i), requires_grad=True) for i in range(1050)]
     shown = [pool.query(number) for number in numbers]
@@ -609,7 +609,7 @@ def test_cyclegan_section_7_1_learning_rate_and_initial_weights():
 
 
 def test_sizes_of_the_networks():
-    """Johnson's Table 1; CycleGAN §7.2: c7s1-64, d128, d256, R256 × 9, u128, u64, c7s1-3, and C64-C128-C256-C512."""
+    """Johnson's Table 1; CycleGAN §7.2: c7s1-64, d128, …, c7s1-3, and C64-C128-C256-C512."""
     papers = johnson.TransformNet("batch", "transposed", "start")
     networks = johnson.TransformNet(), papers, cyclegan.Generator(), cyclegan.PatchDiscriminator()
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]

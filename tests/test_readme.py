@@ -81,6 +81,10 @@ def test_every_command_works(folder, capsys):
         tiny = TINY[" ".join([script, *sub])].split()
         if sub in (["stylize"], ["translate"]):
             tiny += ["--image-size", "24"]
+        if "--style-layer-weights" in arguments:
+            tiny += ["--style-layer-weights", "0.5", "0.5"]  # of the two layers in TINY
+        if "--padding" in arguments:
+            tiny += ["--crop-size", "48"]  # more than its 40 px
         SCRIPTS[script].main([*sub, *arguments, *tiny])
         written = capsys.readouterr().out.splitlines()[-1]
         assert Path(written).stat().st_size > 0, arguments
