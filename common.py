@@ -1312,9 +1312,6 @@ def _resume(
         raise InputError(f"{checkpoint} is no checkpoint of this script's train") from error
     command.set_defaults(**before)
     args = command.parse_intermixed_args(argv[1:], Namespace(command=argv[0]))
-    for name in NETWORK:
-        if name in before:
-            setattr(args, name, before[name])
     args.start_from = [checkpoint]
     now = plain(args)
     changed = [name for name in sorted(names) if name not in NETWORK and now[name] != before[name]]

@@ -357,6 +357,17 @@ def test_what_moves_on_transparent_ground_leaves_no_trail(suffix):
     assert torch.equal(shown.round(), frames[:, 0, 3])
 
 
+def test_transparent_ground_continues_the_colour_beside_it():
+    """Close to a colour it is that one, not a mixture of all."""
+    image = Image.new("RGBA", (200, 40), (0, 255, 0, 0))
+    image.paste(RED, (0, 0, 90, 40))
+    image.paste(BLUE, (110, 0, 200, 40))
+    image.save("two.png")
+    near_red, near_blue = load_image("two.png")[0, :, 20, [91, 108]].T.tolist()
+    assert near_red == pytest.approx([1, 0, 0], abs=0.25)
+    assert near_blue == pytest.approx([0, 0, 1], abs=0.25)
+
+
 def test_an_opaque_picture_with_an_alpha_channel_is_one_without():
     save_noise("a.png")
     with Image.open("a.png") as image:
@@ -1344,6 +1355,13 @@ def test_each_process_knows_its_place(monkeypatch, capsys):
     assert (common.process_count(), common.process_rank()) == (1, 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert (common.process_count(), common.process_rank()) == (2, 1)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(InputError, match="cuda:99"):
+        common.pick_device("cuda")
+    before = signal.getsignal(signal.SIGINT)
+    training = object.__new__(common.Training)
+    training._interrupt()  # by a terminal, and again by torchrun
+    assert training.stopping and signal.getsignal(signal.SIGINT) is before
     with pytest.raises(InputError, match="--norm batch"):
         common.join_processes(
             torch.device("cpu"), [3, torch.nn.Sequential(torch.nn.BatchNorm2d(2))]
