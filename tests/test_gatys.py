@@ -221,6 +221,14 @@ def test_every_kind_of_photo_can_be_painted(kind, weights, precision, options):
 def test_losses_that_are_not_finite_end_the_run():
     with pytest.raises(InputError, match=r"step 2: .*--lr"):
         optimize(lambda x: x.sum() / (0 if x.any() else 1), 3, 1)
+    for broken in ("total", "style"):
+
+        def objective(x, broken=broken):
+            losses = {"total": x.sum(), "style": x.sum(), "content": x.sum()}
+            return losses | {broken: x.sum() / 0}
+
+        with pytest.raises(InputError, match="step 1"):
+            next(gatys.optimize(torch.ones(1, 3, 8, 8), objective, 3, parse_args(["a", "b"])))
 
 
 # --- Scales ---------------------------------------------------------------------------------------
@@ -458,6 +466,7 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
 
     halves = 0.5 * E(A, LEFT) + 0.5 * E(B, 1 - LEFT)
     unequal = 0.75 * E(A, LEFT) + 0.25 * E(B, 1 - LEFT)
+    no_rest = 2 / 3 * E(A) + 1 / 3 * E(B, LEFT)
     for expected, styles, options in (
         (E(A), [a], {"style_masks": [2 * grey]}),
         (E(0.75 * A + 0.25 * B), [a, b], {"style_blend": [6, 2]}),
@@ -467,6 +476,7 @@ def test_masks_say_where_each_style_goes_and_how_much_it_counts(pictures):
         (unequal, [a, b], {"style_masks": [LEFT], "style_blend": [3, 1]}),
         (E(A), [a, a], {"style_masks": [grey]}),  # grey does not weaken a style
         (0.5 * E(A) + 0.5 * E(B), [a, b], {"style_masks": [2 * grey, 2 * grey]}),  # they overlap
+        (no_rest, [a, b, b], {"style_masks": [2 * grey, LEFT]}),
         (0.5 * E(A, LEFT), [a], {"style_masks": [LEFT]}),
         (0.5 * E(A, 1 - TOP), [a], {"protect": TOP}),
         (0.5 * E(A, 1 - TOP), [a, a], {"protect": TOP, "style_masks": [grey]}),
@@ -524,6 +534,8 @@ def test_a_mask_is_scaled_to_the_picture_and_repeated_in_its_margin():
     resized = gatys.fit(mask, small)
     assert (resized - nnf.avg_pool2d(mask, 4)).abs().mean() < 0.1
     assert torch.equal(gatys.fit(mask, widen(small), 8), widen(resized))
+    start = gatys.fit(LEFT, torch.zeros(1, 3, 80, 112), mode="bicubic")  # which leaves [0, 1]
+    assert (start.min(), start.max()) == (0, 1)
 
 
 def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
@@ -542,7 +554,9 @@ def test_the_protected_part_starts_from_the_photo_and_keeps_it(pictures):
     close(tiny(photo, styles, protect=white, **options), photo, rtol=0, atol=0.01)
     # Protects nothing, and takes no style, of a painting with nothing in it:
     nothing = [with_alpha(styles[0], torch.zeros(1, 1, 1, 1))]
-    assert tiny(photo, nothing, protect=black, style_masks=[black]).isfinite().all()
+    for tile_size in (None, 32):
+        made = tiny(photo, nothing, protect=black, style_masks=[black], tile_size=tile_size)
+        assert made.isfinite().all()
 
 
 def test_a_mask_is_white_where_it_is_opaque_and_white(capsys):
@@ -591,7 +605,14 @@ def test_matched_colors_of_grey_and_flat_pictures():
     mean = colorful.mean((2, 3), keepdim=True)
     raised = gatys.match_color(0.1 * colorful, [colorful])
     close(raised, mean + 0.3 * (colorful - mean), rtol=0, atol=1e-4)
-    assert gatys.match_luminance(flat, colorful).isfinite().all()
+    # A spread below 1/100 of white counts as 1/100.
+    x, target = 0.02 * colorful, 0.1 * colorful
+    values, vectors = torch.linalg.eigh(torch.cov(target[0].flatten(1).double(), correction=0))
+    A = (vectors * (values**0.5 / 0.01).clamp(max=3) @ vectors.T).float()
+    expected = target.mean((2, 3), keepdim=True) + torch.einsum("ij,bjhw->bihw", A, x - 0.02 * mean)
+    close(gatys.match_color(x, [target]), expected, rtol=0, atol=1e-4)
+    grey_mean = luminance(colorful).mean().expand_as(flat)
+    close(gatys.match_luminance(flat, colorful), grey_mean, rtol=0, atol=1e-4)
     assert gatys.match_luminance(colorful**9, (colorful > 0.5).float()).max() == 1
 
 
@@ -603,6 +624,9 @@ def test_preserved_colors_are_the_photos(pictures):
     close(kept, common.keep_color(painted, content), rtol=0, atol=1e-4)
     recolored = gatys.match_color(style, [content]).clamp(0, 1)
     close(tiny(content, [style], preserve_color="histogram"), tiny(content, [recolored]))
+    args = settings(content, [style], preserve_color="histogram")
+    _, (recolored,) = gatys.prepare_colors((content > 0.5).float(), [style], args)
+    assert recolored.max() == 1
 
 
 def test_colors_that_cannot_be_seen_change_nothing(pictures):
@@ -664,7 +688,7 @@ def test_tiles_add_up_to_the_whole_and_need_less_memory(monkeypatch):
     photo, one, two = (torch.rand(1, 3, *sides) for sides in ((153, 133), (50, 90), (90, 70)))
     layers = ["relu1_1", "relu3_1"]
     styles = [
-        with_alpha(image, gatys.fit(mask, image)) for image, mask in ((one, TOP), (two, LEFT))
+        with_alpha(image, gatys.fit(mask, image)) for image, mask in ((one, LEFT), (two, TOP))
     ]
     vgg, results = VGG([*layers, "relu4_2"], "vgg19", "random", "avg"), []
     options = {"style_layers": layers, "style_masks": [LEFT], "protect": TOP, "tv_weight": 1}
@@ -819,6 +843,7 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
     assert capsys.readouterr().out == "content_style.png\n"
     assert str(parse_args(["a.jpg", "b.jpg", "c.png"]).output) == "a_b_c.png"
     assert str(parse_args(["a.jpg", "--style-weight", "0"]).output) == "a_inversion.png"
+    assert str(parse_args([".", "b.jpg"]).output) == f"{Path.cwd().name}_b"
 
 
 def test_everything_that_can_be_saved():
