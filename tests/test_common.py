@@ -941,6 +941,16 @@ def test_more_pictures_make_longer_epochs_not_another_one():
     assert epochs("run") == [1, 1, 2] and len(list(Path("run").glob("epoch_*.jpg"))) == 3
 
 
+def test_a_whole_number_of_epochs_stays_one():
+    """Also where 49 · (1/49) is a little less than 1."""
+    saved = {"step": 49, "pace": 49, "history": [{"step": 1.0}]}
+    common.save_checkpoint(saved, Path("checkpoint.pth"))
+    args = argparse.Namespace(resume=True, batch_size=1)
+    cpu, path = torch.device("cpu"), Path("checkpoint.pth")
+    run = common.Training(args, cpu, torch.float32, path, 5, {}, print, {}, epoch=1)
+    assert run.step == 1
+
+
 PROGRAM = """
 import itertools, os, pathlib, signal, sys, conftest
 replace, numbers, writes = pathlib.Path.replace, itertools.count(1), int(sys.argv[1])
@@ -1227,6 +1237,7 @@ def test_crops_lie_anywhere_and_half_of_them_are_mirrored():
         turned = bool(crop[1, 0, 0] > crop[1, 0, -1])
         mirrored += turned
         assert torch.equal(crop.flip(2) if turned else crop, same)
+        assert torch.equal(crops[i][0], crop)  # again
         places.add((round(same[1, 0, 0].item() * 16), round(same[2, 0, 0].item() * 16)))
     assert places == {(x, y) for x in range(8) for y in range(5)}
     assert 70 < mirrored < 130
