@@ -612,6 +612,8 @@ def test_matched_colors_of_grey_and_flat_pictures():
     close(gatys.match_color(x, [target]), expected, rtol=0, atol=1e-4)
     grey_mean = luminance(colorful).mean().expand_as(flat)
     close(gatys.match_luminance(flat, colorful), grey_mean, rtol=0, atol=1e-4)
+    faint = flat + 1e-5 * torch.randn(1, 3, 9, 9)
+    close(gatys.match_luminance(faint, colorful), grey_mean, rtol=0, atol=0.02)
     assert gatys.match_luminance(colorful**9, (colorful > 0.5).float()).max() == 1
 
 
@@ -772,6 +774,7 @@ def test_defaults():
     assert parse_args(["a", "b", *flags]).style_layer_weights == [0.5, 0.5]
     usual = parse_args(["a", "b", "--style-layers", *args.style_layers])
     assert usual.style_layer_weights == args.style_layer_weights == [0.2, 0.45, 0.2, 1.0, 0.02]
+    assert settings(image, [image] * 2, style_blend=(1, 3)).style_blend == [0.25, 0.75]
     assert parse_args(["a", "b", "--optimizer", "adam"]).lr == 0.02
     assert parse_args(["a", "b", "--lr", "0"]).lr == 0
 
@@ -848,7 +851,11 @@ def test_the_default_output_is_named_after_the_inputs(capsys):
 def test_everything_that_can_be_saved():
     to_pil_image((torch.arange(30) < 15).float().expand(1, 10, 30)).save("mask.png")
     flags = "-o new/a.jpg --save-gif --save-losses --protect mask.png --scales 2 --num-steps 4"
-    run(f"gatys.py {flags} --save-all", CONTENT, STYLE)
+    add = gatys.Film.add
+    with mock.patch.object(gatys.Film, "add", autospec=True, side_effect=add) as shown:
+        run(f"gatys.py {flags} --save-all", CONTENT, STYLE)
+    assert [call.args[1] for call in shown.call_args_list] == [1, 2, 3, 4, 5]
+    assert "of 5" in provenance("new/a.jpg")
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 6)]
     assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", *frames])
     shown = list(load_frames("new/a.gif"))
@@ -866,8 +873,11 @@ def test_everything_that_can_be_saved():
     assert files("new/a_frames") == ["0001.png", "0002.png"]  # none of the first run
 
 
-def test_an_animation_of_many_steps_has_few_small_pictures():
-    """The photo, the first step, and about 48 later ones, of 384 px or less."""
+def test_an_animation_of_many_steps_has_few_small_pictures(monkeypatch):
+    """The photo, the first step, and about 48 later ones, of 384 px or less.
+
+    From the photo to the first step it is blended.
+    """
     photo = torch.rand(1, 3, 4, 480)
     film = gatys.Film(photo, 100, settings(photo, [photo]))
     for step in range(1, 101):
@@ -875,6 +885,15 @@ def test_an_animation_of_many_steps_has_few_small_pictures():
     assert len(film.frames) == 2 + 33
     assert {frame.shape[-1] for frame in film.frames} == {384}
     assert film.frames[1].mean() < 0.01 < film.frames[2].mean() < 0.02
+    shown = []
+    monkeypatch.setattr(common, "save_animation", lambda frames, path: shown.extend(frames))
+    film.save(photo, Path("a.gif"))
+    means = [frame.mean().item() for frame, _ in shown]
+    first, white = film.frames[1].mean().item(), resize(photo, 0.8).mean().item()
+    blended = [white + (first - white) * k / 8 for k in range(9)]
+    assert means[:9] == pytest.approx(blended, rel=1e-4)
+    assert means[-1] == pytest.approx(white) and len(means) == 8 + 1 + 33 + 1
+    assert [time for _, time in shown] == [100] * 42 + [2000]  # ms
 
 
 FLAGS = """--content-weight 50 | --style-weight 1 | --tv-weight 900 | --num-steps 6 |
@@ -1047,7 +1066,7 @@ def test_a_mistake_that_is_that_of_every_photo_ends_the_run(fails):
 
 
 def test_files_that_make_no_sense_are_told_in_one_line(fails):
-    save_noise("in/a.png", "in/a.jpg", "b.png", "f.png", "c.gif")
+    save_noise("in/a.png", "in/a.jpg", "b.png", "f.png", "c.gif", "d_losses.png")
     before = files()
     for command, word in (
         ("b.png in", "is a folder"),
@@ -1061,6 +1080,7 @@ def test_files_that_make_no_sense_are_told_in_one_line(fails):
         ("b.png f.png f.png --style-masks in/a.jpg -o in/a.jpg", "input"),
         ("f.png b.png -o ./b.png", "input"),
         ("c.gif b.png --save-gif -o c.png", "c.gif"),
+        ("d_losses.png b.png --save-losses -o d.png", "d_losses.png"),
         ("f.png b.png --style-layers relu5_1 --image-size 8 --scales 2", "too small"),
         ("f.png b.png --tile-size 24", "multiple of 16"),
         ("f.png b.png --tile-size 8", "16"),
