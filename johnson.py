@@ -118,10 +118,10 @@ class Residual(nn.Module):
         self.in2 = norm(channels)
         self.inside = slice(2, -2) if mode == "none" else slice(None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu_(self.in1(self.conv1(x)))
-        y = self.in2(self.conv2(y))
-        return x[..., self.inside, self.inside] + y
+    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+        y = torch.relu_(self.in1(self.conv1(x, strip)))
+        y = self.in2(self.conv2(y, strip))
+        return y.add_(x[..., self.inside, self.inside])
 
 
 CHOICES = {  # of the network, the default first
@@ -195,7 +195,7 @@ class TransformNet(nn.Module):
         y = torch.relu_(self.in2(self.conv2(y, strip)))
         y = torch.relu_(self.in3(self.conv3(y, strip)))
         for residual in (self.res1, self.res2, self.res3, self.res4, self.res5):
-            y = residual(y)
+            y = residual(y, strip)
         y = torch.relu_(self.in4(self.deconv1(y, strip)))
         y = torch.relu_(self.in5(self.deconv2(y, strip)))
         y = self.deconv3(y, strip)

@@ -89,7 +89,7 @@ def save_noise(*paths, size=(48, 48)):
 
 
 def norm(y, dims=(2, 3)):
-    """Compute instance norm of maps (B, C, H, W), without its weights; over (0, 2, 3), batch norm."""
+    """Compute instance norm of maps (B, C, H, W) without weights; over (0, 2, 3), batch norm."""
     variance = y.var(dims, keepdim=True, unbiased=False)
     return (y - y.mean(dims, keepdim=True)) / (variance + 1e-5).sqrt()
 
