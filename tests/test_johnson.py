@@ -74,6 +74,21 @@ def test_the_network_is_the_papers(switches):
     torch.testing.assert_close(network(x).double(), expected, rtol=0, atol=1e-5)
 
 
+def test_maps_in_bfloat16_are_padded_in_bfloat16():
+    """In float32, as autocast does it on a CPU, it would take longer."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert johnson.pad(torch.ones(1, 1, 4, 4).bfloat16(), 1, "reflect").dtype == torch.bfloat16
+
+
+def test_a_training_does_not_write_over_the_model_that_it_starts_from(photos, fails):
+    run(TRAIN, "-o", "a.pth")
+    Path("a.checkpoint.pth").unlink()
+    before = Path("a.pth").read_bytes()
+    for flags in ("", "--resume"):
+        assert "a.pth exists" in fails(f"{TRAIN} --start-from a.pth -o a.pth {flags}")
+    assert Path("a.pth").read_bytes() == before
+
+
 @pytest.fixture
 def photos():
     save_noise(*(f"photos/{i % 2}/{i}.png" for i in range(10)), size=(60, 40))
