@@ -118,10 +118,10 @@ class Residual(nn.Module):
         self.in2 = norm(channels)
         self.inside = slice(2, -2) if mode == "none" else slice(None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu_(self.in1(self.conv1(x)))
-        y = self.in2(self.conv2(y))
-        return x[..., self.inside, self.inside] + y
+    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+        y = torch.relu_(self.in1(self.conv1(x, strip)))
+        y = self.in2(self.conv2(y, strip))
+        return y.add_(x[..., self.inside, self.inside])
 
 
 CHOICES = {  # of the network, the default first
@@ -195,7 +195,7 @@ class TransformNet(nn.Module):
         y = torch.relu_(self.in2(self.conv2(y, strip)))
         y = torch.relu_(self.in3(self.conv3(y, strip)))
         for residual in (self.res1, self.res2, self.res3, self.res4, self.res5):
-            y = residual(y)
+            y = residual(y, strip)
         y = torch.relu_(self.in4(self.deconv1(y, strip)))
         y = torch.relu_(self.in5(self.deconv2(y, strip)))
         y = self.deconv3(y, strip)
@@ -291,10 +291,7 @@ def first_network(args: Namespace) -> TransformNet:
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    inputs = [args.style, args.data]
-    if not args.resume:
-        inputs += args.start_from
-    common.check_outputs(outputs_of(args), inputs)
+    common.check_outputs(outputs_of(args), [args.style, args.data])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     held_out, files = common.hold_out(common.find_images(args.data), args.crop_size)

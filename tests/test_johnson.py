@@ -74,6 +74,21 @@ def test_the_network_is_the_papers(switches):
     torch.testing.assert_close(network(x).double(), expected, rtol=0, atol=1e-5)
 
 
+def test_maps_in_bfloat16_are_padded_in_bfloat16():
+    """In float32, as autocast does it on a CPU, it would take longer."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert johnson.pad(torch.ones(1, 1, 4, 4).bfloat16(), 1, "reflect").dtype == torch.bfloat16
+
+
+def test_a_training_does_not_write_over_the_model_that_it_starts_from(photos, fails):
+    run(TRAIN, "-o", "a.pth")
+    Path("a.checkpoint.pth").unlink()
+    before = Path("a.pth").read_bytes()
+    for flags in ("", "--resume"):
+        assert "a.pth exists" in fails(f"{TRAIN} --start-from a.pth -o a.pth {flags}")
+    assert Path("a.pth").read_bytes() == before
+
+
 @pytest.fixture
 def photos():
     save_noise(*(f"photos/{i % 2}/{i}.png" for i in range(10)), size=(60, 40))
@@ -200,8 +215,8 @@ def test_a_large_picture_is_stylised_in_strips_of_an_even_number_of_rows(pixels,
     x = torch.rand(1, 3, 301, 45)
     whole = stylize(network, x, precision="float32")
     seen = {"conv": set(), "up": set()}
-    for name in ("conv1", "conv2", "conv3", "deconv3"):
-        layer = getattr(network, name).conv2d
+    for name in ("conv1", "conv2", "conv3", "res1.conv1", "res5.conv2", "deconv3"):
+        layer = network.get_submodule(name).conv2d
         layer.register_forward_hook(lambda m, inputs, y: seen["conv"].add(y.shape[2] * m.stride[0]))
     transposed = nnf.conv_transpose2d
 
@@ -288,10 +303,10 @@ def test_weights_load_from_any_wrapper(key, prefix):
 
 def test_keep_every_keeps_models_and_sheets(photos):
     kept = [f"a.{step}.{end}" for step in ("000004", "000008") for end in ("pth", "samples.jpg")]
-    run(TRAIN, "--iterations", 9, "--keep-every", 4, "-o", "new/a.pth")
+    run(TRAIN, "--iterations", 8, "--keep-every", 4, "-o", "new/a.pth")
     assert set(kept) < set(files("new"))
     models = {name: common.load_checkpoint(Path("new", name)) for name in (*kept[::2], "a.pth")}
-    assert [model["step"] for model in models.values()] == [4, 8, 9]
+    assert [model["step"] for model in models.values()] == [4, 8, 8]
     run(TRAIN, "--iterations", 4, "-o", "b.pth")
     b = common.load_checkpoint(Path("b.pth"))["model"]
     equal(models["a.000004.pth"]["model"], b)
