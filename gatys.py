@@ -863,9 +863,10 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
     colors = [split_alpha(image)[0] for image in (content, *styles)]
     alphas = [split_alpha(image)[1] for image in (content, *styles)]
     starts = [args.init] if isinstance(args.init, Tensor) else []
+    common.check_images([*colors, *starts], [*alphas, *args.style_masks])
     if args.protect == "faces":
         args.protect = find_faces(colors[0])
-    common.check_images([*colors, *starts], [*alphas, *args.style_masks, args.protect])
+    common.check_images([], [args.protect])
     args.alpha, *args.style_alphas = alphas
     return args
 

@@ -280,6 +280,15 @@ def step(
     return {name: loss.detach() for name, loss in losses.items()}
 
 
+def first_network(args: Namespace) -> TransformNet:
+    """Make the network to train: a new one, or the model that --start-from names."""
+    if not args.start_from:
+        return TransformNet(args.norm, args.upsample, args.padding)
+    f_W = load_network(args.start_from[0])
+    common.go_on(args, f_W.architecture)
+    return f_W
+
+
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
     inputs = [args.style, args.data]
@@ -292,12 +301,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     y_s = load_image(args.style, args.style_size).to(device)
 
     torch.manual_seed(args.seed)
-    if args.start_from:
-        f_W = load_network(args.start_from[0])
-        common.go_on(args, f_W.architecture)
-    else:
-        f_W = TransformNet(args.norm, args.upsample, args.padding)
-    f_W.to(device).train()
+    f_W = first_network(args).to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
     layers = [args.content_layer, *args.style_layers]
     vgg = VGG(layers, args.vgg, args.vgg_weights, precision=precision).to(device)

@@ -613,6 +613,8 @@ def test_matched_colors_of_grey_and_flat_pictures():
     close(gatys.match_color(x, [target]), expected, rtol=0, atol=1e-4)
     grey_mean = luminance(colorful).mean().expand_as(flat)
     close(gatys.match_luminance(flat, colorful), grey_mean, rtol=0, atol=1e-4)
+    faint = flat + 1e-5 * torch.randn(1, 3, 9, 9)
+    close(gatys.match_luminance(faint, colorful), grey_mean, rtol=0, atol=0.02)
     assert gatys.match_luminance(colorful**9, (colorful > 0.5).float()).max() == 1
 
 
@@ -773,6 +775,7 @@ def test_defaults():
     assert parse_args(["a", "b", *flags]).style_layer_weights == [0.5, 0.5]
     usual = parse_args(["a", "b", "--style-layers", *args.style_layers])
     assert usual.style_layer_weights == args.style_layer_weights == [0.2, 0.45, 0.2, 1.0, 0.02]
+    assert settings(image, [image] * 2, style_blend=(1, 3)).style_blend == [0.25, 0.75]
     assert parse_args(["a", "b", "--optimizer", "adam"]).lr == 0.02
     assert parse_args(["a", "b", "--lr", "0"]).lr == 0
 
@@ -850,6 +853,7 @@ def test_everything_that_can_be_saved():
     to_pil_image((torch.arange(30) < 15).float().expand(1, 10, 30)).save("mask.png")
     flags = "-o new/a.jpg --save-gif --save-losses --protect mask.png --scales 2 --num-steps 4"
     run(f"gatys.py {flags} --save-all", CONTENT, STYLE)
+    assert "of 5" in provenance("new/a.jpg")
     frames = [f"a_frames/{step:04d}.png" for step in range(1, 6)]
     assert files("new") == sorted(["a.gif", "a.jpg", "a_losses.csv", "a_losses.png", *frames])
     shown = list(load_frames("new/a.gif"))
@@ -1052,7 +1056,7 @@ def test_a_mistake_that_is_that_of_every_photo_ends_the_run(fails):
 
 
 def test_files_that_make_no_sense_are_told_in_one_line(fails):
-    save_noise("in/a.png", "in/a.jpg", "b.png", "f.png", "c.gif")
+    save_noise("in/a.png", "in/a.jpg", "b.png", "f.png", "c.gif", "d_losses.png")
     before = files()
     for command, word in (
         ("b.png in", "is a folder"),
@@ -1066,6 +1070,7 @@ def test_files_that_make_no_sense_are_told_in_one_line(fails):
         ("b.png f.png f.png --style-masks in/a.jpg -o in/a.jpg", "input"),
         ("f.png b.png -o ./b.png", "input"),
         ("c.gif b.png --save-gif -o c.png", "c.gif"),
+        ("d_losses.png b.png --save-losses -o d.png", "d_losses.png"),
         ("f.png b.png --tile-size 24", "multiple of 16"),
         ("f.png b.png --tile-size 8", "16"),
         ("f.png b.png b.png b.png --style-masks b.png", "--style-masks"),
