@@ -675,7 +675,7 @@ def plan_outputs(
 
 
 def _names_folder(output: Path) -> bool:
-    """Tell whether an output is, or will be, a folder: the .0 of v1.0 is no suffix of a picture."""
+    """Return whether an output is, or will be, a folder: the .0 of v1.0 is no suffix of a picture."""
     return output.is_dir() or not output.suffix[1:2].isalpha()
 
 
@@ -696,7 +696,7 @@ def _own_names(
 
 
 def is_animation(path: Path) -> bool:
-    """Tell whether a file is a GIF, WebP or PNG of several frames. Other files are not opened."""
+    """Return whether a file is a GIF, WebP or PNG of several frames. Others are not opened."""
     if path.suffix.lower() not in ANIMATIONS:
         return False
     with suppress(Exception), open_image(path) as file:
@@ -1245,13 +1245,13 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
     precisions = ["auto", "float32", "bfloat16"]
-    add("--precision", choices=precisions, default="auto", help="of the networks")
+    add("--precision", choices=precisions, default="auto", help="number format of the networks")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every training, those that `Training` reads, and of every command."""
     add = parser.add_argument_group("run").add_argument
-    seed = "of initial weights, order and crops"
+    seed = "random seed of initial weights, order and crops"
     add("--seed", type=number(int, most=2**30), default=0, help=seed)
     every = "save a checkpoint every so many steps"
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help=every)
@@ -1324,7 +1324,7 @@ def _resume(
 
 
 def go_on(args: Namespace, architecture: dict[str, Any]) -> None:
-    """Let the flags of a network be those of the model that --start-from names, and say so."""
+    """Take the flags of a network from the model that --start-from names, and print them."""
     for name in NETWORK:
         if name in architecture:
             setattr(args, name, architecture[name])
@@ -1364,7 +1364,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether `error` says so: Python's, torch's of any kind, or that a worker was killed."""
+    """Return whether `error` means out of memory: Python's, torch's, or a killed worker."""
     if isinstance(error, MemoryError):
         return True
     texts = "out of memory|allocate memory|Invalid buffer size|DataLoader worker"

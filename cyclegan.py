@@ -489,7 +489,7 @@ def save_samples(
             advice = "has become the identity: lower --lambda-identity, or --lambda-cycle"
             print(f"warning: {name} {advice}", file=sys.stderr)
         elif torch.corrcoef(lightness)[0, 1] < -0.3:
-            advice = "turns light into dark: raise --lambda-identity, or --seed anew"
+            advice = "turns light into dark: raise --lambda-identity, or take another --seed"
             print(f"warning: {name} {advice}", file=sys.stderr)
 
 
@@ -521,7 +521,7 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Names
         advice = "name the file of the other one"
         raise InputError(f"{path} holds one generator, of one direction: {advice}")
     if not common.all_finite(network.state_dict()):
-        advice = "train it anew, with a smaller --lr"
+        advice = "train it again, with a smaller --lr"
         raise InputError(f"{path} has weights that are not finite: {advice}")
     return network.eval(), Namespace(authors=authors, load_size=load_size)
 
@@ -605,7 +605,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("--no-flip", action="store_true", help="do not mirror half of the crops")
     add = sub.add_argument_group("losses").add_argument
     add("--lambda-cycle", type=number(), default=10.0, help="λ of Eq. 3")
-    add("--lambda-identity", type=number(), default=0.5, help="of the identity loss, relative to λ")
+    add("--lambda-identity", type=number(), default=0.5, help="identity loss, relative to λ")
     add("--pool-size", type=number(int), default=50, help="made pictures kept to be shown again")
     add = sub.add_argument_group("networks").add_argument
     add("--width", type=number(int, 1, 4096), default=64, help="channels of their first layer")

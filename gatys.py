@@ -200,7 +200,7 @@ def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -
 
 
 def better(frame: Frame, best: Frame | None) -> bool:
-    """Tell whether a frame is at a finer scale than the best one so far, or has a smaller loss."""
+    """Return whether a frame is at a finer scale than the best one so far, or has a smaller loss."""
     if best is None or frame[0].shape != best[0].shape:
         return True
     return frame[1]["total"] <= best[1]["total"]
@@ -731,10 +731,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--style-layer-weights", nargs="*", type=number(), metavar="W", help=weights)
     shares = "share of each style (default: equal ones)"
     add("--style-blend", nargs="*", type=number(), metavar="SHARE", help=shares)
-    add("--pooling", choices=["avg", "max"], default="avg", help="of VGG; the paper's is avg")
-    networks = "auto: vgg16 if it can be had, else vgg19"
+    add("--pooling", choices=["avg", "max"], default="avg", help="pooling in VGG (paper: avg)")
+    networks = "auto: vgg16 if it is available, else vgg19"
     add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help=networks)
-    file = "of VGG, as torchvision saves them"
+    file = "file of VGG's weights, as torchvision saves them"
     add("--vgg-weights", default="auto", metavar="FILE", help=file)
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -753,7 +753,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--lr", type=number(), metavar="LR", help=rate)
     starts = f"{', '.join(STARTS)} (the paper's), or a picture to continue from"
     add("--init", default="recolored", metavar="START", help=starts)
-    add("--seed", type=number(int, most=2**63), default=0, metavar="N", help="of the white noise")
+    add(
+        "--seed",
+        type=number(int, most=2**63),
+        default=0,
+        metavar="N",
+        help="random seed of the noise",
+    )
 
     add = parser.add_argument_group("regions and colours").add_argument
     masks = "where styles go, in white; the last has the rest"

@@ -432,7 +432,9 @@ def load_network(path: Path) -> TransformNet:
         what = "no model of johnson.py nor of pytorch/examples' fast_neural_style"
         raise InputError(f"{path} is {what}") from error
     if not common.all_finite(network.state_dict()):
-        raise InputError(f"{path} has weights that are not finite: train anew, with a smaller --lr")
+        raise InputError(
+            f"{path} has weights that are not finite: train again, with a smaller --lr"
+        )
     return network.eval()
 
 
