@@ -48,24 +48,26 @@ STARTS = ("recolored", "content", "style", "noise")
 # The network pads with zeros, which shows as a frame. So a margin is painted too, and cut off.
 MARGIN = 8  # px on each side
 
-Maps = dict[str, Tensor]  # a tensor for each layer
+Maps = dict[str, Tensor]  # a tensor for each layer, or loss
+Masks = dict[str, Tensor | None]  # for each layer, T (1, 1, h, w) with Σ T² = 1; None: everywhere
+Grams = dict[tuple[int, str], Tensor]  # a Gram matrix for each style and layer
 Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W), and its losses
 
 # --- Losses ---------------------------------------------------------------------------------------
 
 
-def content_loss(f: Tensor, p: Tensor, mask: Tensor | None = None) -> Tensor:
+def content_loss(f: Tensor, p: Tensor, T: Tensor | None = None) -> Tensor:
     """Compare the feature maps F of x and P of the photo, (1, N, h, w) each.
 
-    With a mask T, (1, 1, h, w) in [0, 1], it compares T∘F and T∘P.
+    T (1, 1, h, w) says how much each position counts, by T²; without it all count 1/M, M = h·w.
     """
     # Gatys Eq. 1:  L_content = ½ Σ_ij (F_ij − P_ij)²
     # Here it is the mean. The sum grows with the picture, and Eq. 4 does not: with a mean, α and β
     # have the same effect at every size.
     difference = f.float() - p.float()
-    if mask is not None:
-        difference = mask * difference
-    return 0.5 * difference.square().mean()
+    if T is None:
+        return 0.5 * difference.square().mean()
+    return 0.5 * (T * difference).square().sum() / f.shape[1]
 
 
 def style_loss(g: Tensor, a: Tensor) -> Tensor:
@@ -79,11 +81,11 @@ def style_loss(g: Tensor, a: Tensor) -> Tensor:
 class Style:
     """What one painting asks of x: its Gram matrices A, where they hold, and how much they count.
 
-    In the paper there is one style, which counts everywhere: its share is 1, its masks are None.
+    In the paper there is one style, which counts everywhere: its share is 1, its T are None.
     """
 
     A: Maps  # {layer: (1, N, N)}
-    masks: dict[str, Tensor | None]  # {layer: (1, 1, h, w) in [0, 1]}
+    T: Masks  # {layer: (1, 1, h, w)}, as in gram_matrix
     share: float = 1.0
 
 
@@ -95,46 +97,46 @@ class Objective:
         vgg: Callable[[Tensor, Sequence[str]], Maps],
         photo: Tensor,
         styles: Sequence[Style],
-        keep: Maps,
+        content: Masks,
+        keep: Masks,
         args: Namespace,
     ) -> None:
         self.vgg = vgg
         self.styles = styles
-        self.keep = keep  # {layer: mask}: where x shall stay as the photo (--protect)
+        self.content = content  # where x is compared with the photo; in the paper, everywhere
+        self.keep = keep  # where x shall stay as the photo (--protect); not in the paper
         self.args = args
         with torch.no_grad():
-            self.P = vgg(photo, [*args.content_layers, *keep])
+            self.P = vgg(photo, [*content, *keep])
 
     def __call__(self, x: Tensor) -> Maps:
         """Return the `total` loss of x (1, 3, H, W), and its terms before weighting."""
         return self.losses(x, *self.measure(x))
 
-    def measure(self, x: Tensor) -> tuple[Maps, Maps, list[Maps]]:
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor, Grams]:
         """Measure the feature maps of x: the losses of Eq. 1, and the Gram matrices of Eq. 3."""
-        style_layers = [layer for style in self.styles for layer in style.A]
-        F = self.vgg(x, [*self.P, *style_layers])
-        content = {
-            layer: content_loss(F[layer], self.P[layer]) for layer in self.args.content_layers
-        }
-        protected = {
-            layer: content_loss(F[layer], self.P[layer], T) for layer, T in self.keep.items()
-        }
-        grams = [
-            {layer: gram_matrix(F[layer], T) for layer, T in style.masks.items()}
-            for style in self.styles
-        ]
-        return content, protected, grams
+        F = self.vgg(x, [*self.P, *(layer for style in self.styles for layer in style.A)])
+        L_content = x.new_zeros(())
+        for layer, T in self.content.items():
+            L_content = L_content + content_loss(F[layer], self.P[layer], T) / len(self.content)
+        L_protected = x.new_zeros(())
+        for layer, T in self.keep.items():
+            L_protected = L_protected + content_loss(F[layer], self.P[layer], T) / len(self.keep)
+        grams = {}
+        for s, style in enumerate(self.styles):
+            for layer, T in style.T.items():
+                grams[s, layer] = gram_matrix(F[layer], T)
+        return L_content, L_protected, grams
 
-    def losses(self, x: Tensor, content: Maps, protected: Maps, grams: Sequence[Maps]) -> Maps:
-        """Add up what was measured."""
+    def losses(self, x: Tensor, L_content: Tensor, L_protected: Tensor, grams: Grams) -> Maps:
+        """Return the losses of x, from what was measured."""
         args = self.args
-        L_content = mean(content, x)
+        w = dict(zip(args.style_layers, args.style_layer_weights, strict=True))
         # Gatys Eq. 5:  L_style = Σ_l w_l E_l   (of each style)
         L_style = x.new_zeros(())
-        for style, G in zip(self.styles, grams, strict=True):
-            for layer, w_l in zip(args.style_layers, args.style_layer_weights, strict=True):
-                if layer in G:
-                    L_style = L_style + style.share * w_l * style_loss(G[layer], style.A[layer])
+        for (s, layer), G in grams.items():
+            style = self.styles[s]
+            L_style = L_style + style.share * w[layer] * style_loss(G, style.A[layer])
         # Gatys Eq. 7:  L_total = α L_content + β L_style
         L_total = args.content_weight * L_content + args.style_weight * L_style
         losses = {"content": L_content, "style": L_style}
@@ -142,16 +144,9 @@ class Objective:
             losses["variation"] = common.total_variation(x)
             L_total = L_total + args.tv_weight * losses["variation"]
         if self.keep:  # not in the paper
-            losses["protected"] = mean(protected, x)
-            L_total = L_total + args.protect_weight * losses["protected"]
+            losses["protected"] = L_protected
+            L_total = L_total + args.protect_weight * L_protected
         return {"total": L_total, **losses}
-
-
-def mean(losses: Maps, x: Tensor) -> Tensor:
-    """Average the losses of some layers; of none it is 0."""
-    if not losses:
-        return x.new_zeros(())
-    return torch.stack([*losses.values()]).mean()
 
 
 # --- Style transfer -------------------------------------------------------------------------------
@@ -199,13 +194,6 @@ def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -
     return finish(best[0], photo, args)
 
 
-def better(frame: Frame, best: Frame | None) -> bool:
-    """Return whether a frame is at a finer scale than the best one so far, or has a smaller loss."""
-    if best is None or frame[0].shape != best[0].shape:
-        return True
-    return frame[1]["total"] <= best[1]["total"]
-
-
 def normalize(vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namespace) -> VGG:
     """Rescale VGG to a mean activation of 1 in each layer, over what x is compared with."""
     # The paper (§2) rescales each filter, over many images. Here it is each layer, over the
@@ -220,7 +208,9 @@ def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
     """Make the picture to start from, of the photo's size. The paper's is noise or an image."""
     h, w = photo.shape[-2:]
     if isinstance(args.init, Tensor):  # a picture to continue from
-        x = fit_start(args.init, photo, args)
+        grey = args.preserve_color == "luminance"  # as the photo is
+        picture = luminance(args.init) if grey else args.init
+        x = fit(picture, photo, MARGIN, "bicubic").to(photo).expand_as(photo)
     elif args.init == "noise":  # drawn on the CPU, so that every device starts from the same
         x = torch.rand(photo.shape, generator=torch.Generator().manual_seed(args.seed)).to(photo)
     elif args.init == "style":  # the first painting, enlarged until it covers the photo
@@ -278,51 +268,6 @@ def optimize(
         yield x.detach(), dict(zip(losses, values, strict=True))
 
 
-def make_optimizer(z: Tensor, unit: float, args: Namespace) -> torch.optim.Optimizer:
-    """Return the optimiser of z, one iteration a call."""
-    if args.optimizer == "adam":
-        return torch.optim.Adam([z], args.lr / unit)
-    history = 5 if args.tile_size else 20
-    limits = {"max_iter": 1, "tolerance_grad": 0, "tolerance_change": 0, "history_size": history}
-    return torch.optim.LBFGS([z], args.lr, **limits)
-
-
-@torch.no_grad()
-def bound_move(optimizer: torch.optim.LBFGS, z: Tensor, z_before: Tensor, most: float) -> None:
-    """Shorten the last move of L-BFGS, so that it changes z by `most` on average.
-
-    Where it knows no curvature, as at the start from a grey photo, it moves by the gradient itself,
-    which may be of any size. Where it knows a wrong one, its moves can be as long.
-    """
-    length = (z - z_before).abs().mean().item()
-    if length > most:
-        z.copy_(torch.lerp(z_before, z, most / length))
-        optimizer.state[z]["t"] *= most / length  # the step that it remembers
-
-
-def damping_table(x: Tensor, args: Namespace) -> Tensor | None:
-    """Return what `smooth` multiplies each frequency of x (1, 3, H, W) with, (H, W/2 + 1).
-
-    The paper changes the pixels themselves. Their gradient is full of grain, and a few iterations
-    leave it in the picture. So each frequency is divided by 1 + 5 · cycles per pixel: coarse
-    changes come first, and every picture can still be reached (Mordvintsev et al., Distill 2018).
-    """
-    if args.optimizer == "adam":  # which moves all values alike
-        return None
-    if args.init == "noise":  # full of high frequencies, which only an undamped change removes
-        return None
-    fy = torch.fft.fftfreq(x.shape[-2], dtype=torch.float32)
-    fx = torch.fft.rfftfreq(x.shape[-1], dtype=torch.float32)  # up to ½
-    return (1 / (1 + 5 * torch.hypot(fy[:, None], fx))).to(x.device)
-
-
-def smooth(z: Tensor, damping: Tensor | None) -> Tensor:
-    """Multiply the frequencies of z (1, 3, H, W) with `damping`, as an equaliser does."""
-    if damping is None:
-        return z
-    return torch.fft.irfft2(damping * torch.fft.rfft2(z), s=z.shape[-2:])
-
-
 # === From here: Gatys et al. 2017, "Controlling Perceptual Factors in Neural Style Transfer", =====
 # === arXiv:1611.07865: scales (its §6), regions (§4) and colours (§5). ============================
 
@@ -374,35 +319,37 @@ def make_objective(
     """Compute what x is compared with, and return the function from x to its losses."""
     A = []
     for painting, alpha in zip(paintings, args.style_alphas, strict=True):
-        T = None if alpha is None else fit(alpha, painting)
-        masks = {layer: None if T is None else at_layer(T, layer) for layer in style_layers}
-        with torch.no_grad():
-            if args.tile_size:
-                A.append(tiled_grams(vgg, painting, masks, args.tile_size))
-            else:
-                A.append(painting_grams(vgg, painting, masks))
+        mask = everywhere(painting, args) if alpha is None else fit(alpha, painting)
+        A.append(painting_grams(vgg, painting, mask, style_layers, args))
     styles = place_styles(A, photo, args) if style_layers else []
+    content = guide(everywhere(photo, args), args.content_layers, photo)
     keep = {}
     if args.protect is not None:
-        T = fit(args.protect, photo, MARGIN)
-        keep = {layer: at_layer(T, layer).to(photo) for layer in PROTECTED_LAYERS}
+        mask = fit(args.protect, photo, MARGIN)
+        for layer in PROTECTED_LAYERS:
+            T = at_layer(mask, layer)
+            keep[layer] = T.to(photo) / T.numel() ** 0.5
     make = TiledObjective if args.tile_size else Objective
-    return make(vgg, photo, styles, keep, args)
+    return make(vgg, photo, styles, content, keep, args)
 
 
+@torch.no_grad()
 def painting_grams(
-    vgg: Callable[[Tensor, Sequence[str]], Maps], painting: Tensor, masks: dict[str, Tensor | None]
+    vgg: VGG, painting: Tensor, mask: Tensor | None, layers: Sequence[str], args: Namespace
 ) -> Maps:
-    """Compute A, the Gram matrices of a painting, where the layers' masks are 1."""
-    F = vgg(painting, [*masks])
-    return {layer: gram_matrix(F[layer], T) for layer, T in masks.items()}
+    """Compute A, the Gram matrices of a painting, where a mask (1, 1, H, W) is 1."""
+    T = guide(mask, layers, painting)
+    A: Maps = {}
+    for tile in tiles(painting, args.tile_size):  # a single one, without --tile-size
+        F = tile_maps(vgg, tile, painting, layers)
+        for layer in layers:
+            A[layer] = A.get(layer, 0) + gram_matrix(F[layer], cut(T[layer], tile, layer))
+    return A
 
 
 def place_styles(A: Sequence[Maps], photo: Tensor, args: Namespace) -> list[Style]:
-    """Decide where each style holds, and its share of the loss, from the paintings' Gram matrices.
-
-    A share is the part of the picture that the style covers.
-    """
+    """Decide where each style holds, and its share: the part of the picture that it covers."""
+    layers = [*A[0]]
     free = torch.ones(1, 1, *photo.shape[-2:])  # where there is a style
     if args.protect is not None:
         free = free * (1 - fit(args.protect, photo, MARGIN))
@@ -412,26 +359,36 @@ def place_styles(A: Sequence[Maps], photo: Tensor, args: Namespace) -> list[Styl
         # Σ_s b_s ‖G − A_s‖² = ‖G − Σ_s b_s A_s‖² + a constant: to blend styles is to blend their
         # Gram matrices.
         blend = {}
-        for layer in A[0]:
+        for layer in layers:
             blend[layer] = sum(b * a[layer] for b, a in zip(args.style_blend, A, strict=True))
-        everywhere = args.protect is None and args.alpha is None
-        return [masked_style(blend, None if everywhere else free, free.mean().item())]
-    T = [fit(mask, photo, MARGIN) for mask in args.style_masks]
-    if len(T) < len(A):
-        T.append((1 - sum(T)).clamp(0, 1))  # the last style goes where the others leave room
-    covered = (sum(T).clamp(max=1) * free).mean().item()  # the sum of all shares
-    T = [free * t for t in T]
-    areas = [b * t.mean().item() for b, t in zip(args.style_blend, T, strict=True)]
-    total = max(sum(areas), 1e-9)
-    return [
-        masked_style(a, t, covered * area / total) for a, t, area in zip(A, T, areas, strict=True)
-    ]
+        whole = args.protect is None and args.alpha is None
+        mask = everywhere(photo, args) if whole else free
+        return [Style(blend, guide(mask, layers, photo), free.mean().item())]
+    masks = [fit(mask, photo, MARGIN) for mask in args.style_masks]
+    if len(masks) < len(A):
+        masks.append((1 - sum(masks)).clamp(0, 1))  # the last style goes where there is room
+    styles = []
+    for a, b, mask in zip(A, args.style_blend, masks, strict=True):
+        covered = free * mask
+        share = len(A) * b * covered.mean().item()
+        styles.append(Style(a, guide(covered, layers, photo), share))
+    return styles
 
 
-def masked_style(A: Maps, T: Tensor | None, share: float) -> Style:
-    """Make a style that holds where the mask T (1, 1, H, W) is 1; without a mask, everywhere."""
-    masks = {layer: None if T is None else at_layer(T, layer).to(a) for layer, a in A.items()}
-    return Style(A, masks, share)
+def guide(mask: Tensor | None, layers: Sequence[str], image: Tensor) -> Masks:
+    """Return T of each layer, on the device of `image`, from a mask (1, 1, H, W)."""
+    # 2017, Eq. 4:  F_r = T_r ∘ F,  with Σ T_r² = 1   (the product is in gram_matrix())
+    guides: Masks = dict.fromkeys(layers)
+    if mask is not None:
+        for layer in layers:
+            T = at_layer(mask, layer).to(image)
+            guides[layer] = T / T.square().sum().sqrt().clamp_min(1e-3)
+    return guides
+
+
+def everywhere(image: Tensor, args: Namespace) -> Tensor | None:
+    """Return None, a mask that is 1 everywhere. Tiles, which cut it, need a tensor."""
+    return torch.ones(1, 1, *image.shape[-2:]) if args.tile_size else None
 
 
 def at_layer(mask: Tensor, layer: str) -> Tensor:
@@ -472,30 +429,25 @@ def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") ->
     return nnf.pad(scaled, [margin] * 4, mode="replicate")
 
 
-def fit_start(picture: Tensor, photo: Tensor, args: Namespace) -> Tensor:
-    """Scale the picture of --init to the size of `photo`, which has a margin."""
-    h, w = narrow(photo).shape[-2:]
-    rows, columns = picture.shape[-2:]
-    if abs(rows * w - columns * h) > max(h, w) + max(rows, columns):  # by more than a pixel
-        sizes = f"{columns}×{rows} px, is stretched to the photo's {w}×{h} px"
-        tqdm.write(f"warning: --init, {sizes}", file=sys.stderr)
-    if args.preserve_color == "luminance":  # grey, as the photo is
-        picture = luminance(picture)
-    return fit(picture, photo, MARGIN, "bicubic").to(photo).expand_as(photo)
+def moments(
+    images: Sequence[Tensor], alphas: Sequence[Tensor | None], shares: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Compute the mean (C, 1) and the covariance (C, C) of the colours of images (1, C, h, w).
 
-
-def moments(image: Tensor, alpha: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute the mean (C, 1) and the covariance (C, C) of the colours of an image (1, C, H, W).
-
-    Pixels count by α (1, 1, H, W): what is transparent has no colour.
+    Each image counts by its share, of 1 in all, and its pixels by its α (1, 1, h, w): what is
+    transparent has no colour.
     """
-    colors = image.flatten(2)[0].cpu().double()  # (C, H*W)
-    weights = torch.ones_like(colors[:1])  # (1, H*W)
-    if alpha is not None:
-        weights = alpha.flatten(2)[0].cpu().double()
-    weights = weights / weights.sum().clamp_min(1e-9)
-    mean = (weights * colors).sum(1, keepdim=True)
-    return mean, (weights * (colors - mean)) @ (colors - mean).T
+    colors = []
+    weights = []
+    for image, alpha, share in zip(images, alphas, shares, strict=True):
+        counts = torch.ones_like(image[:, :1]) if alpha is None else alpha
+        counts = counts.flatten(2)[0].cpu().double()  # (1, h*w)
+        colors.append(image.flatten(2)[0].cpu().double())  # (C, h*w)
+        weights.append(share * counts / counts.sum().clamp_min(1e-9))
+    x = torch.cat(colors, dim=1)  # (C, n)
+    w = torch.cat(weights, dim=1)  # (1, n)
+    mean = (w * x).sum(1, keepdim=True)
+    return mean, (w * (x - mean)) @ (x - mean).T
 
 
 def match_color(
@@ -512,22 +464,24 @@ def match_color(
     """
     shares = shares or [1 / len(targets) for _ in targets]
     target_alphas = target_alphas or [None for _ in targets]
-    mean_x, C_x = moments(image, alpha)
-    each = [moments(target, a) for target, a in zip(targets, target_alphas, strict=True)]
-    mean_s = sum(b * m for b, (m, _) in zip(shares, each, strict=True))
-    C_s = sum(
-        b * (C + (m - mean_s) @ (m - mean_s).T) for b, (m, C) in zip(shares, each, strict=True)
-    )
-    # 2017, §5.2:  x ↦ A x + b  with A C_x Aᵀ = C_s. Of all such A the symmetric one moves colours
-    # least: the linear Monge map (Pitié & Kokaram 2007),  A = C_x^-½ (C_x^½ C_s C_x^½)^½ C_x^-½
+    mean_x, C_x = moments([image], [alpha], [1])
+    mean_s, C_s = moments(targets, target_alphas, shares)
+    # 2017, §5.2:  x ↦ A (x − μ_x) + μ_s
+    matched = monge_map(C_x, C_s) @ (image.flatten(2)[0].cpu().double() - mean_x) + mean_s
+    return matched.view(image.shape).to(image)
+
+
+def monge_map(C_x: Tensor, C_s: Tensor) -> Tensor:
+    """Return the symmetric A (3, 3) with A C_x Aᵀ = C_s.
+
+    Of all such maps it moves colours least (Pitié & Kokaram 2007).
+    """
+    # A = C_x^-½ (C_x^½ C_s C_x^½)^½ C_x^-½
     root = power(C_x, 0.5, least=1e-4)  # no less: that would amplify noise
     inverse = power(C_x, -0.5, least=1e-4)
     A = inverse @ power(root @ C_s @ root, 0.5) @ inverse
-    A = power(
-        A, 1.0, most=3.0
-    )  # more would make coloured contours of what a JPEG has in flat areas
-    matched = A @ (image.flatten(2)[0].cpu().double() - mean_x) + mean_s  # (3, H*W)
-    return matched.view(image.shape).to(image)
+    # A JPEG has coloured contours in flat areas: more than 3 times would show them.
+    return power(A, 1.0, most=3.0)
 
 
 def power(C: Tensor, exponent: float, least: float = 0.0, most: float = math.inf) -> Tensor:
@@ -541,8 +495,8 @@ def match_luminance(
 ) -> Tensor:
     """Turn `style` grey, with the mean and the spread of the luminance of `content`."""
     L_s = luminance(style)
-    mean_s, variance_s = moments(L_s, style_alpha)
-    mean_c, variance_c = moments(luminance(content), alpha)
+    mean_s, variance_s = moments([L_s], [style_alpha], [1])
+    mean_c, variance_c = moments([luminance(content)], [alpha], [1])
     # 2017, §5.1:  L_s' = σ_c/σ_s (L_s − μ_s) + μ_c
     ratio = variance_c.sqrt() / variance_s.sqrt().clamp_min(1e-3)
     matched = ratio.item() * (L_s - mean_s.item()) + mean_c.item()
@@ -574,11 +528,67 @@ def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
     return picture
 
 
-# === From here: no paper. Large pictures, the command line, files. ================================
+# === From here: no paper. The optimiser, large pictures, the command line, files. ================
 
-OVERLAP = (
-    80  # px around a tile: relu5_1's receptive field. A multiple of 16, because of the pooling
-)
+# --- The optimiser --------------------------------------------------------------------------------
+
+
+def better(frame: Frame, best: Frame | None) -> bool:
+    """Return whether a frame is of a finer scale than the best so far, or of a smaller loss."""
+    if best is None or frame[0].shape != best[0].shape:
+        return True
+    return frame[1]["total"] <= best[1]["total"]
+
+
+def make_optimizer(z: Tensor, unit: float, args: Namespace) -> torch.optim.Optimizer:
+    """Return the optimiser of z, one iteration a call."""
+    if args.optimizer == "adam":
+        return torch.optim.Adam([z], args.lr / unit)
+    history = 5 if args.tile_size else 20
+    limits = {"max_iter": 1, "tolerance_grad": 0, "tolerance_change": 0, "history_size": history}
+    return torch.optim.LBFGS([z], args.lr, **limits)
+
+
+@torch.no_grad()
+def bound_move(optimizer: torch.optim.LBFGS, z: Tensor, z_before: Tensor, most: float) -> None:
+    """Shorten the last move of L-BFGS, so that it changes z by `most` on average.
+
+    Where it knows no curvature, as at the start from a grey photo, it moves by the gradient itself,
+    which may be of any size. Where it knows a wrong one, its moves can be as long.
+    """
+    length = (z - z_before).abs().mean().item()
+    if length > most:
+        z.copy_(torch.lerp(z_before, z, most / length))
+        optimizer.state[z]["t"] *= most / length  # the step that it remembers
+
+
+def damping_table(x: Tensor, args: Namespace) -> Tensor | None:
+    """Return what `smooth` multiplies each frequency of x (1, 3, H, W) with, (H, W/2 + 1).
+
+    The paper changes the pixels themselves. Their gradient is full of grain, and a few iterations
+    leave it in the picture. So each frequency is divided by 1 + 5 · cycles per pixel: coarse
+    changes come first, and every picture can still be reached (Mordvintsev et al., Distill 2018).
+    """
+    if args.optimizer == "adam":  # which moves all values alike
+        return None
+    if args.init == "noise":  # full of high frequencies, which only an undamped change removes
+        return None
+    fy = torch.fft.fftfreq(x.shape[-2], dtype=torch.float32)
+    fx = torch.fft.rfftfreq(x.shape[-1], dtype=torch.float32)  # up to ½
+    return (1 / (1 + 5 * torch.hypot(fy[:, None], fx))).to(x.device)
+
+
+def smooth(z: Tensor, damping: Tensor | None) -> Tensor:
+    """Multiply the frequencies of z (1, 3, H, W) with `damping`, as an equaliser does."""
+    if damping is None:
+        return z
+    return torch.fft.irfft2(damping * torch.fft.rfft2(z), s=z.shape[-2:])
+
+
+# --- Large pictures -------------------------------------------------------------------------------
+
+# Around a tile, in px: relu5_1's receptive field. A multiple of 16, because of the pooling.
+OVERLAP = 80
 Tile = tuple[int, int, int, int]  # top, bottom, left, right
 
 
@@ -590,40 +600,34 @@ class TiledObjective:
     """
 
     def __init__(
-        self, vgg: VGG, photo: Tensor, styles: Sequence[Style], keep: Maps, args: Namespace
+        self,
+        vgg: VGG,
+        photo: Tensor,
+        styles: Sequence[Style],
+        content: Masks,
+        keep: Masks,
+        args: Namespace,
     ) -> None:
-        self.tiles = []  # an Objective, and which portion of the layers and of the styles it has
+        self.parts = []
         for tile in tiles(photo, args.tile_size):
-            cut_styles = [Style(s.A, cut_all(s.masks, tile), s.share) for s in styles]
             tile_vgg = partial(tile_maps, vgg, tile)
-            objective = Objective(tile_vgg, photo, cut_styles, cut_all(keep, tile), args)
-            everywhere = dict.fromkeys(vgg.layers)
-            portions = [
-                {layer: portion(photo, tile, layer, T) for layer, T in masks.items()}
-                for masks in (everywhere, *(style.masks for style in styles))
-            ]
-            self.tiles.append((objective, portions))
+            tile_styles = [Style(style.A, cut_all(style.T, tile), style.share) for style in styles]
+            places = cut_all(content, tile), cut_all(keep, tile)
+            self.parts.append(Objective(tile_vgg, photo, tile_styles, *places, args))
 
     def __call__(self, x: Tensor) -> Maps:
         """Return the `total` loss of x (1, 3, H, W), and its terms before weighting."""
-        first, _ = self.tiles[0]
-        content: Maps = {}
-        protected: Maps = {}
-        grams: list[Maps] = [{} for _ in first.styles]
-        for objective, (portions, *style_portions) in self.tiles:
+        L_content = x.new_zeros(())
+        L_protected = x.new_zeros(())
+        grams: Grams = {}
+        for part in self.parts:
             # checkpoint(): the feature maps are forgotten, and computed again for the gradient.
-            measured = checkpoint(objective.measure, x, use_reentrant=False)
-            add(content, measured[0], portions)
-            add(protected, measured[1], portions)
-            for total, G, shares in zip(grams, measured[2], style_portions, strict=True):
-                add(total, G, shares)
-        return first.losses(x, content, protected, grams)
-
-
-def add(total: Maps, values: Maps, portions: dict[str, float]) -> None:
-    """Add the values of one tile to those of the tiles before."""
-    for layer, value in values.items():
-        total[layer] = total.get(layer, 0) + portions[layer] * value
+            content, protected, tile_grams = checkpoint(part.measure, x, use_reentrant=False)
+            L_content = L_content + content
+            L_protected = L_protected + protected
+            for key, G in tile_grams.items():
+                grams[key] = grams.get(key, 0) + G
+        return self.parts[0].losses(x, L_content, L_protected, grams)
 
 
 def tiles(image: Tensor, side: int | None) -> list[Tile]:
@@ -643,15 +647,17 @@ def cuts(length: int, side: int | None) -> list[tuple[int, int]]:
     return [*zip(starts, ends, strict=True)]
 
 
-def cut(maps: Tensor, tile: Tile, layer: str) -> Tensor:
+def cut(maps: Tensor | None, tile: Tile, layer: str) -> Tensor | None:
     """Cut a tile out of what has the size of a layer's maps."""
+    if maps is None:
+        return None
     top, bottom, left, right = (side // pixels(layer) for side in tile)
     return maps[..., top:bottom, left:right]
 
 
-def cut_all(masks: dict[str, Tensor | None], tile: Tile) -> dict[str, Tensor | None]:
+def cut_all(masks: Masks, tile: Tile) -> Masks:
     """Cut a tile out of the masks of all layers."""
-    return {layer: None if T is None else cut(T, tile, layer) for layer, T in masks.items()}
+    return {layer: cut(T, tile, layer) for layer, T in masks.items()}
 
 
 def tile_maps(vgg: VGG, tile: Tile, image: Tensor, layers: Sequence[str]) -> Maps:
@@ -665,22 +671,6 @@ def tile_maps(vgg: VGG, tile: Tile, image: Tensor, layers: Sequence[str]) -> Map
     inner = (top - y, bottom - y, left - x, right - x)
     # clone(): a view would keep the whole tile, overlap included, in memory
     return {layer: cut(f, inner, layer).clone() for layer, f in maps.items()}
-
-
-def portion(image: Tensor, tile: Tile, layer: str, T: Tensor | None = None) -> float:
-    """Return the share of a layer's positions that lies in a tile; they count by T² of a mask."""
-    h, w = (side // pixels(layer) for side in image.shape[-2:])
-    weight = torch.ones(1, 1, h, w) if T is None else T.square()
-    return (cut(weight, tile, layer).sum() / weight.sum().clamp_min(1e-6)).item()
-
-
-def tiled_grams(vgg: VGG, painting: Tensor, masks: dict[str, Tensor | None], side: int) -> Maps:
-    """Compute what `painting_grams` does, tile by tile."""
-    A: Maps = {}
-    for tile in tiles(painting, side):
-        G = painting_grams(partial(tile_maps, vgg, tile), painting, cut_all(masks, tile))
-        add(A, G, {layer: portion(painting, tile, layer, T) for layer, T in masks.items()})
-    return A
 
 
 def network(device: torch.device, args: Namespace) -> VGG:
@@ -839,6 +829,9 @@ def check(args: Namespace, many: bool) -> None:
     demand(whole, f"--tile-size {args.tile_size}: choose a multiple of 16")
 
 
+FOR_FILES = ("output", "image_size", "style_scale", "device", "save_gif", "save_all", "save_losses")
+
+
 def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Namespace:
     """Turn the arguments of `stylize` into what `parse_args` returns; InputError on a mistake.
 
@@ -847,14 +840,11 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
     """
     if torch.is_inference_mode_enabled():
         raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
-    known = vars(parse_args(["content", "style"])).keys() - {"alpha", "style_alphas"}
-    for_files = {"content", "styles", "output", "image_size", "style_scale", "device"}
     argv = ["content", *("style" for _ in styles)]
     tensors = {}
     for name, value in options.items():
-        if name not in known - for_files or name.startswith("save"):
-            advice = "options are the flags of gatys.py, but those about files"
-            raise InputError(f"unknown option {name}: {advice}")
+        if name in FOR_FILES:
+            raise InputError(f"{name} is for files: options are the other flags of gatys.py")
         if value is None:
             continue
         if name == "init" and not isinstance(value, Tensor) and value not in STARTS:
@@ -944,15 +934,15 @@ def run(args: Namespace, command: Sequence[str]) -> None:
     if args.init not in STARTS:
         files.append(Path(args.init))
     pairs = common.plan_outputs([args.content], args.output, "", animations=False)
+    photos = [photo for photo, _ in pairs]
+    outputs = [path for _, output in pairs for path in (output, *extras(output, args).values())]
+    common.check_outputs(outputs, [*photos, *files])
     device = common.pick_device(args.device)
     paintings = [painting.to(device) for painting in load_inputs(args)]
     vgg = network(device, args)
     print(f"computing on {device} in {vgg.precision}", file=sys.stderr)
 
     def work(photo: Path, output: Path) -> None:
-        outputs = [output, *extras(output, args).values()]
-        common.check_outputs(outputs, [photo, *files], common.FORMATS)
-        files.extend(outputs)  # no other photo writes over these
         image, _ = next(common.load_frames(photo, args.image_size))
         content, alpha = split_alpha(image)
         protect = find_faces(content) if args.protect == "faces" else args.protect

@@ -120,7 +120,7 @@ def gram_by_loops(f):
 def test_gatys_eq_1_content_loss():
     """L_content = ½ Σ_ij (F_ij − P_ij)²; the script takes the mean over i, j in place of the sum.
 
-    With a mask T, it is that of T∘F and T∘P.
+    With T, it is that of T∘F and T∘P, divided by the N filters alone.
     """
     F, P = draw(2, N, M)
     eq_1 = 0.5 * sum((F[i, j] - P[i, j]) ** 2 for i in range(N) for j in range(M))
@@ -129,7 +129,7 @@ def test_gatys_eq_1_content_loss():
     T = pictures(M).double()
     eq_1 = 0.5 * sum((T[j] * F[i, j] - T[j] * P[i, j]) ** 2 for i in range(N) for j in range(M))
     f, p, t = (x.reshape(1, -1, H, W) for x in (F, P, T))
-    assert gatys.content_loss(f, p, t).item() == pytest.approx(eq_1.item() / (N * M), rel=1e-6)
+    assert gatys.content_loss(f, p, t).item() == pytest.approx(eq_1.item() / N, rel=1e-6)
 
 
 def test_gatys_eq_2_gradient_of_the_content_loss():
@@ -229,18 +229,23 @@ def test_gatys_eq_7_total_loss():
 
 def test_gatys_2017_eq_4_guided_gram_matrix():
     """F_r = T_r ∘ F with Σ_i T_r,i² = 1, and G_r = F_r F_rᵀ: only what lies under T_r counts."""
-    F, T = draw(1, N, H, W, seed=5), pictures(1, 1, 2 * H, 3 * W).double()
+    F, mask = draw(1, N, H, W, seed=5), pictures(1, 1, 2 * H, 2 * W).double()
     t = torch.zeros(H, W, dtype=torch.float64)
     for i, j in itertools.product(range(H), range(W)):
-        t[i, j] = T[0, 0, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean()
+        t[i, j] = mask[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean()
     F_r = F * t / (t**2).sum().sqrt()
-    close(gram_matrix(F, T)[0], gram_by_loops(F_r) / N, rtol=1e-5, atol=1e-9)
+
+    def guided(mask):
+        return gram_matrix(F, gatys.guide(mask, ["relu2_1"], F)["relu2_1"])
+
+    close(guided(mask)[0], gram_by_loops(F_r) / N, rtol=1e-5, atol=1e-9)
     # Everywhere is 1/M for each of M positions.
-    close(gram_matrix(F, torch.ones(1, 1, 1, 1)), gram_matrix(F))
-    assert not gram_matrix(F, torch.zeros(1, 1, 9, 9)).any()
+    close(guided(torch.ones(1, 1, 2 * H, 2 * W)), gram_matrix(F))
+    assert torch.equal(guided(None), gram_matrix(F))
+    assert not guided(torch.zeros(1, 1, 2 * H, 2 * W)).any()
     # Regions that share out the picture add up to it.
-    left = (torch.arange(W) < 2).double().expand(1, 1, H, W)
-    parts = [mask.mean() * gram_matrix(F, mask) for mask in (left, 1 - left)]
+    left = (torch.arange(2 * W) < 4).double().expand(1, 1, 2 * H, 2 * W)
+    parts = [part.mean() * guided(part) for part in (left, 1 - left)]
     close(sum(parts), gram_matrix(F), rtol=1e-5, atol=1e-9)
 
 
