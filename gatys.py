@@ -163,7 +163,7 @@ def paint(content: Tensor, styles: Sequence[Tensor], vgg: VGG, args: Namespace) 
     best = None
     for scale in plan_scales(content, args):
         photo = widen(resize(content, scale.factor))
-        paintings = [resize(style, factor_of(style, scale.factor)) for style in styles]
+        paintings = [shrink(style, scale.factor) for style in styles]
         if best is None:
             vgg = normalize(vgg, photo, paintings, args)
             x = start(photo, styles, args)
@@ -185,8 +185,8 @@ def stylize(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -
     Masks are tensors (1, 1, h, w) in [0, 1]. InputError if something makes no sense.
     """
     args = settings(content, styles, **options)
-    photo = content[:, :3].float()
-    paintings = [style[:, :3].to(photo) for style in styles]
+    photo = fill(content)
+    paintings = [fill(style).to(photo) for style in styles]
     best = None
     for frame in paint(photo, paintings, network(photo.device, args), args):
         if better(frame, best):
@@ -416,9 +416,9 @@ def enlarge(picture: Tensor, photo: Tensor) -> Tensor:
     return nnf.interpolate(picture, photo.shape[-2:], mode="bicubic").clamp(0, 1)
 
 
-def factor_of(painting: Tensor, factor: float) -> float:
-    """Return `factor`, or what leaves a painting 16 px a side: VGG pools four times."""
-    return max(factor, 16 / min(painting.shape[-2:]))
+def shrink(painting: Tensor, factor: float) -> Tensor:
+    """Scale a painting by `factor`, to 16 px a side or more: VGG pools four times."""
+    return resize(painting, max(factor, 16 / min(painting.shape[-2:])))
 
 
 def fit(mask: Tensor, image: Tensor, margin: int = 0, mode: str = "bilinear") -> Tensor:
@@ -733,9 +733,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--num-steps", type=number(int, 1, 10**6), default=50, metavar="N", help=steps)
     iterations = "iterations of L-BFGS, or Adam, in each step"
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, metavar="N", help=iterations)
-    scales = (
-        "sizes from 128 px to full (default: as many as make each at most twice the one before)"
-    )
+    scales = "sizes, from 128 px to full (default: each at most twice the one before)"
     add("--scales", type=number(int, 1, 16), metavar="N", help=scales)
     side = "compute in parts of so many px, to save memory"
     add("--tile-size", type=number(int, 16, 65536), metavar="PX", help=side)
@@ -743,13 +741,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--lr", type=number(), metavar="LR", help=rate)
     starts = f"{', '.join(STARTS)} (the paper's), or a picture to continue from"
     add("--init", default="recolored", metavar="START", help=starts)
-    add(
-        "--seed",
-        type=number(int, most=2**63),
-        default=0,
-        metavar="N",
-        help="random seed of the noise",
-    )
+    seed = "random seed of the noise"
+    add("--seed", type=number(int, most=2**63), default=0, metavar="N", help=seed)
 
     add = parser.add_argument_group("regions and colours").add_argument
     masks = "where styles go, in white; the last has the rest"
@@ -872,6 +865,16 @@ def split_alpha(image: Tensor) -> tuple[Tensor, Tensor | None]:
     if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 4:
         return image[:, :3], image[:, 3:].float().cpu()
     return image, None
+
+
+def fill(image: Tensor) -> Tensor:
+    """Give what is transparent in (1, 4, H, W) the mean of the visible colours: (1, 3, H, W)."""
+    colors = image[:, :3].float()
+    alpha = image[:, 3:].float()
+    if not alpha.numel():  # it has no such channel
+        return colors
+    mean = (alpha * colors).sum((2, 3), keepdim=True) / alpha.sum().clamp_min(1e-9)
+    return torch.lerp(mean.expand_as(colors), colors, alpha)
 
 
 # --- Files ----------------------------------------------------------------------------------------

@@ -629,9 +629,16 @@ def test_preserved_colors_are_the_photos(pictures):
 
 
 def test_colors_that_cannot_be_seen_change_nothing(pictures):
-    """In the start, and in what --preserve-color makes of paintings."""
+    """In tensors, in the start, and in what --preserve-color makes of paintings."""
     content, style = pictures
     left = nnf.interpolate(LEFT, style.shape[-2:])
+    for init in ("style", "content"):
+        made = []
+        for hidden in (0.0, 0.7):
+            photo = with_alpha(torch.lerp(0 * content + hidden, content, LEFT), LEFT)
+            painting = with_alpha(torch.lerp(0 * style + hidden, style, left), left)
+            made.append(tiny(photo, [painting], init=init))
+        close(*made, rtol=0, atol=1e-5)
     for mode in (None, "histogram", "luminance"):
         made = []
         for hidden in (0.0, 0.7):
