@@ -6,15 +6,14 @@ This is CycleGAN (Zhu et al. 2017) with other discriminators. To D_X and D_Y of 
 pictures and stripes that are left on a horse look nearly real. E_X and E_Y, in their place, see
 feature maps of VGG-19, which was trained on ImageNet and can tell a horse from a zebra.
 
-100 pictures of each training set are held out before the first step. What is made of them is
-compared with them every thousand steps, for a table beside the output. Nothing is chosen by it,
-and the test pictures are not looked at.
+100 pictures of each training set are held out before the first step. Every thousand steps a model
+is kept beside the output, to see what it makes of them: python tests/benchmark.py horse2zebra-kid.
+Nothing is chosen by that, and the test pictures are not looked at.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,12 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 from cyclegan import Generator, discriminator_loss, generator_losses, translate
+from gatys import moments, monge_map
 
 
 class Stage(NamedTuple):
@@ -51,7 +50,7 @@ WIDTH, BLOCKS = 32, 6  # a sixth of the paper's weights
 LAYERS_Y = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 LAYERS_X = [*LAYERS_Y, "relu5_2"]  # a deeper layer finds the wide stripes of zebras that are close
 HELD_OUT, STORED, SHOWN = 100, 100, 8  # pictures: not trained on; kept for E; shown to E in a step
-SAVE_EVERY, LOG_EVERY = 100, 1000  # steps
+SAVE_EVERY, KEEP_EVERY = 100, 1000  # steps
 
 
 class FeatureDiscriminator(nn.Module):
@@ -172,10 +171,11 @@ class Trainer:
         self.F_ema.update_parameters(self.F)
 
         random = torch.Generator().manual_seed(i)  # so that a step depends on its number alone
+        stores = (self.real_X, self.made_X, self.real_Y, self.made_Y)
         with common.autocast(x.device, self.precision):
-            for store, picture in zip(self.stores(), (x, F_y, y, G_x), strict=True):
+            for store, picture in zip(stores, (x, F_y, y, G_x), strict=True):
                 store.add(picture)
-            real_X, made_X, real_Y, made_Y = (store.draw(random) for store in self.stores())
+            real_X, made_X, real_Y, made_Y = (store.draw(random) for store in stores)
             losses["E_X"] = discriminator_loss(self.E_X.judge, real_X, made_X)
             losses["E_Y"] = discriminator_loss(self.E_Y.judge, real_Y, made_Y)
         self.optimizer_E.zero_grad()
@@ -184,9 +184,6 @@ class Trainer:
             nn.utils.clip_grad_norm_(E.parameters(), 1)
         self.optimizer_E.step()
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def stores(self) -> list[Store]:
-        return [self.real_X, self.made_X, self.real_Y, self.made_Y]
 
 
 @dataclass
@@ -200,135 +197,87 @@ class Pictures(Dataset):
         return common.Crops(self.domains, sides[i % len(sides)], CROP, seed=0, flip=True)[i]
 
 
-# --- What is made of held-out pictures ------------------------------------------------------------
-
-
-@torch.no_grad()
-def features(vgg: common.VGG, pictures: list[Tensor]) -> Tensor:
-    """Return the mean and the spread over the positions of each map of VGG, at 128 px: (n, d)."""
-    rows = []
-    for picture in pictures:
-        small = to_tensor(common.to_pil(picture).resize((128, 128), 1)).unsqueeze(0)  # 1: Lanczos
-        maps = [f.flatten(2)[0] for f in vgg(small.to(picture.device)).values()]  # (C, h*w)
-        rows.append(torch.cat([torch.cat([f.mean(1), f.std(1)]) for f in maps]))
-    return torch.stack(rows).double()
-
-
-def kid(made: Tensor, real: Tensor) -> float:
-    """Estimate the kernel distance of features (n, d) (Bińkowski et al. 2018): 0 for equal kinds.
-
-    Its unit is the spread of the real ones, so that it cannot be compared with published figures.
-    """
-    made, real = (f / (3 * real.std(0).mean()) for f in (made, real))
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(a: Tensor) -> Tensor:
-        k = kernel(a, a)
-        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
-
-    return float(within(made) + within(real) - 2 * kernel(made, real).mean())
-
-
 def match_colors(network: Generator, sources: list[Tensor], targets: list[Tensor]) -> None:
     """Give what a network makes the mean and the covariance of the colours of `targets`.
 
-    It changes the last convolution alone, by the linear Monge map of gatys.match_color.
+    It changes the last convolution alone, by the linear map of gatys.match_color.
     """
-
-    def colors(images: list[Tensor]) -> Tensor:
-        return torch.cat([image[..., ::4, ::4].flatten(2)[0] for image in images], 1).double().cpu()
-
-    def power(C: Tensor, exponent: float) -> Tensor:
-        values, vectors = torch.linalg.eigh(C)
-        return vectors * values.clamp_min(1e-8) ** exponent @ vectors.T
-
-    real = colors(targets)  # (3, n)
+    few = [target[..., ::4, ::4] for target in targets]
+    mean, C = moments(few, [None for _ in few], [1 / len(few) for _ in few])
     last = network.model[-2]
     for _ in range(3):  # as a tanh follows, once is not enough
-        made = colors([translate(network, image, "float32") for image in sources])
-        root, inverse = power(torch.cov(made), 0.5), power(torch.cov(made), -0.5)
-        A = inverse @ power(root @ torch.cov(real) @ root, 0.5) @ inverse
-        b = real.mean(1) - A @ made.mean(1)  # in 0 … 1; the network's range is -1 … 1
-        bias = A @ last.bias.detach().double().cpu() + 2 * b + A.sum(1) - 1
-        last.weight.data = torch.einsum("dc,cijk->dijk", A.to(last.weight), last.weight.data)
+        made = [translate(network, source, "float32")[..., ::4, ::4] for source in sources]
+        mean_made, C_made = moments(made, [None for _ in made], [1 / len(made) for _ in made])
+        A = monge_map(C_made, C)
+        b = mean - A @ mean_made  # in 0 … 1; the network's range is -1 … 1
+        weight = last.weight.detach().double().cpu()
+        bias = A @ last.bias.detach().double().cpu() + 2 * b[:, 0] + A.sum(1) - 1
+        last.weight.data = torch.einsum("dc,cijk->dijk", A, weight).to(last.weight)
         last.bias.data = bias.to(last.bias)
 
 
-# --- The program ----------------------------------------------------------------------------------
+def hold_out(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Split a training set: the pictures to train on, and those that are held out."""
+    files = common.find_images(folder)
+    apart = files[:: len(files) // HELD_OUT][:HELD_OUT]
+    return [path for path in files if path not in apart], apart
 
 
 def load(paths: list[Path], device: torch.device) -> list[Tensor]:
     return [common.load_image(path, shorter=LOAD_SIZE).to(device) for path in paths]
 
 
-def save_log(trainer: Trainer, x: list[Tensor], y: list[Tensor], beside: str, step: int) -> None:
-    """Add a line to the table, and write a sheet, of held-out pictures x and y."""
-    table = Path(f"{beside}_kid.csv")
-    text = table.read_text() if table.exists() else "step,horses to zebras,zebras to horses\n"
-    if f"\n{step}," in text:  # a training that goes on has written it before
-        return
-    vgg = common.VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg").to(x[0].device)
-    G_x = [translate(trainer.G_ema.module, picture) for picture in x]
-    F_y = [translate(trainer.F_ema.module, picture) for picture in y]
-    kid_G = kid(features(vgg, G_x), features(vgg, y))
-    kid_F = kid(features(vgg, F_y), features(vgg, x))
-    common.write_file(f"{text}{step},{kid_G:.4f},{kid_F:.4f}\n".encode(), table)
-    columns = {"x": x, "G(x)": G_x, "y": y, "F(y)": F_y}
-    for name, column in columns.items():
-        columns[name] = torch.cat([picture[..., :LOAD_SIZE, :LOAD_SIZE] for picture in column[:12]])
-    common.save_sheet(columns, Path(f"{beside}_{step:06}.jpg"), {})
+def save(G: nn.Module, F: nn.Module, step: int, path: Path) -> None:
+    """Write a model for `cyclegan.py translate`, in half precision."""
+    state = {
+        "args": {"load_size": LOAD_SIZE},
+        "step": step,
+        "command": "python models/horse2zebra.py",
+    }
+    for name, network in (("G", G), ("F", F)):
+        state[name] = {key: value.half() for key, value in network.state_dict().items()}
+    common.save_checkpoint(state, path)
 
 
-def train(args: argparse.Namespace, beside: str) -> dict[str, Generator]:
-    """Train from nothing, or from the checkpoint, to the end; return G and F."""
+def train(args: argparse.Namespace) -> None:
+    """Train from nothing, or from the checkpoint, to the end; write the file that ships."""
     device = common.pick_device()
     precision = common.pick_precision("auto", device)
-    domains, held_out = [], []
-    for part in ("trainA", "trainB"):
-        files = common.find_images(args.data / part)
-        apart = files[:: len(files) // HELD_OUT][:HELD_OUT]
-        held_out.append(load(apart, device))
-        domains.append([path for path in files if path not in apart])
-    squares = [torch.cat([p[..., :CROP, :CROP] for p in part[:8]]) for part in held_out]
-    trainer = Trainer(*squares, precision)
+    X, apart_X = hold_out(args.data / "trainA")
+    Y, apart_Y = hold_out(args.data / "trainB")
+    real_X = torch.cat([x[..., :CROP, :CROP] for x in load(apart_X[:8], device)])
+    real_Y = torch.cat([y[..., :CROP, :CROP] for y in load(apart_Y[:8], device)])
+    trainer = Trainer(real_X, real_Y, precision)
+    G, F = trainer.G_ema.module, trainer.F_ema.module
+    stem = args.output.with_suffix("")
 
     def sample(step: int) -> None:
-        if step % LOG_EVERY == 0:
-            save_log(trainer, *held_out, beside, step)
+        if step % KEEP_EVERY == 0:
+            save(G, F, step, Path(f"{stem}_{step:06}.pth"))
 
     parts = {name: part for name, part in vars(trainer).items() if hasattr(part, "state_dict")}
-    checkpoint = Path(f"{beside}_checkpoint.pth")
+    checkpoint = Path(f"{stem}_checkpoint.pth")
     steps = len(SCHEDULE)
     run = common.Training(args, device, precision, checkpoint, steps, parts, sample, record={})
-    for x, y in run.batches(Pictures(domains)):
+    for x, y in run.batches(Pictures([X, Y])):
         run.log(trainer.step(run.step, x, y))
 
-    networks = {"G": trainer.G_ema.module, "F": trainer.F_ema.module}
-    horses, zebras = (load(files[::7], device) for files in domains)
-    match_colors(networks["G"], horses, zebras)
-    match_colors(networks["F"], zebras, horses)
-    return networks
+    horses = load(X[::7], device)
+    zebras = load(Y[::7], device)
+    match_colors(G, horses, zebras)
+    match_colors(F, zebras, horses)
+    save(G, F, steps, args.output)
+    print(args.output)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; write the file that ships."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help="a folder with trainA, horses, and trainB, zebras")
     parser.add_argument("-o", "--output", type=Path, default=Path("models/horse2zebra.pth"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
-    defaults = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY}
-    defaults |= {"load_size": LOAD_SIZE, "keep_every": None}
-    args = parser.parse_args(argv, argparse.Namespace(**defaults))
-    networks = train(args, str(args.output.with_suffix("")))
-    state = {"args": common.plain(args), "step": len(SCHEDULE)}
-    state["command"] = shlex.join(["python", "models/horse2zebra.py", *argv])
-    for name, network in networks.items():
-        state[name] = {key: value.half() for key, value in network.state_dict().items()}
-    common.save_checkpoint(state, args.output)
-    print(args.output)
+    settings = {"batch_size": 1, "workers": 0, "checkpoint_every": SAVE_EVERY, "keep_every": None}
+    train(parser.parse_args(argv, argparse.Namespace(**settings)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""models/horse2zebra.py, the program that makes the shipped zebras, at a tiny size."""
+"""models/horse2zebra.py, the program of the zebras, at a tiny size, and models/kid.py."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from conftest import equal, files, save_noise
 import common
 import cyclegan
 from models import horse2zebra as program
+from models import kid as measuring
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def tiny(monkeypatch):
         "SCHEDULE": [stage for stage in stages for _ in range(stage.steps)],
         **{"CROP": 32, "LOAD_SIZE": 36, "WIDTH": 4, "BLOCKS": 1},
         **{"LAYERS_Y": ["relu1_2", "relu2_1"], "LAYERS_X": ["relu1_2", "relu2_1", "relu3_1"]},
-        **{"HELD_OUT": 3, "STORED": 4, "SHOWN": 3, "SAVE_EVERY": 2, "LOG_EVERY": 2},
+        **{"HELD_OUT": 3, "STORED": 4, "SHOWN": 3, "SAVE_EVERY": 2, "KEEP_EVERY": 2},
     }
     for name, value in settings.items():
         monkeypatch.setattr(program, name, value)
@@ -38,9 +39,9 @@ def trainer(seed=0):
 def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
     program.main(["data", "-o", "a/m.pth"])
     assert capsys.readouterr().out == "a/m.pth\n"
-    sheets = ["m_000002.jpg", "m_000004.jpg", "m_000006.jpg"]
-    tables = ["m_kid.csv", "m_losses.csv", "m_losses.png"]
-    assert files("a") == sorted(["m.pth", "m_checkpoint.pth", *sheets, *tables])
+    kept = ["m_000002.pth", "m_000004.pth", "m_000006.pth"]
+    tables = ["m_losses.csv", "m_losses.png"]
+    assert files("a") == sorted(["m.pth", "m_checkpoint.pth", *kept, *tables])
     step = program.Trainer.step
 
     def killed(self, i, *pictures):
@@ -54,16 +55,15 @@ def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
     monkeypatch.setattr(program.Trainer, "step", step)
     for _ in range(2):  # the second time, nothing is left to do
         program.main(["data", "-o", "b/m.pth", "--resume"])
-    for name in ("m.pth", "m_checkpoint.pth"):
+    for name in ("m.pth", "m_checkpoint.pth", *kept):
         a, b = (common.load_checkpoint(Path(folder, name)) for folder in "ab")
         for key in a.keys() - {"args", "command", "history"}:
             equal(a[key], b[key])
-    header, *rows = Path("b/m_kid.csv").read_text().splitlines()
-    assert header == "step,horses to zebras,zebras to horses"
-    assert rows == Path("a/m_kid.csv").read_text().splitlines()[1:]
-    assert [row.split(",")[0] for row in rows] == ["2", "4", "6"]
-    record = common.load_checkpoint(Path("b/m.pth"))
-    assert record["command"] == "python models/horse2zebra.py data -o b/m.pth --resume"
+    assert [common.load_checkpoint(Path("a", name))["step"] for name in kept] == [2, 4, 6]
+    last, final = (common.load_checkpoint(Path("a", name)) for name in (kept[-1], "m.pth"))
+    assert last["G"].keys() == final["G"].keys()
+    different = {key for key in last["G"] if not torch.equal(last["G"][key], final["G"][key])}
+    assert {key.split(".")[1] for key in different} == {"18"}  # the last convolution
     for direction in ("x2y", "y2x"):
         network, facts = cyclegan.load_generator(Path("a/m.pth"), direction)
         assert network.architecture == {"blocks": 1, "width": 4, "upsample": "nearest"}
@@ -72,18 +72,12 @@ def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
 
 def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
     """And the test pictures, here missing, are not looked at."""
-    trained, measured = [], []
-    pictures, save_log = program.Pictures, program.save_log
+    trained, matched = [], []
+    pictures = program.Pictures
     monkeypatch.setattr(
         program, "Pictures", lambda domains: trained.extend(domains) or pictures(domains)
     )
-
-    def recorded(network, x, y, *options):
-        measured.extend([x, y])
-        save_log(network, x, y, *options)
-
-    monkeypatch.setattr(program, "save_log", recorded)
-    match, matched = program.match_colors, []
+    match = program.match_colors
 
     def match_recorded(network, sources, targets):
         matched.append((sources, targets))
@@ -93,11 +87,12 @@ def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
     program.main(["data", "-o", "m.pth"])
     horses, zebras = ([common.load_image(p, shorter=36) for p in used[::7]] for used in trained)
     equal(matched, [(horses, zebras), (zebras, horses)])  # of G, of F
-    for part, used, apart in zip(("trainA", "trainB"), trained, measured[-2:], strict=True):
+    for part, used in zip(("trainA", "trainB"), trained, strict=True):
         every = common.find_images(Path("data", part))
-        assert len(apart) == 3 and len(used) == len(every) - 3
-        shown = [common.load_image(path, shorter=36) for path in every if path not in used]
-        equal(apart, shown)
+        kept, apart = program.hold_out(Path("data", part))
+        assert used == kept and len(apart) == 3
+        assert sorted([*kept, *apart]) == every
+        assert apart == every[::4][:3]
 
 
 def test_pictures_have_the_sizes_of_their_stage_in_turns(tiny, monkeypatch):
@@ -225,20 +220,6 @@ def test_each_step_draws_other_pictures(tiny, monkeypatch):
     assert seeds == [3] * 4 + [4] * 4
 
 
-def test_the_table_compares_what_is_made_with_its_own_kind(tiny, monkeypatch):
-    ours, compared = trainer(), []
-    x, y = torch.rand(2, 3, 1, 3, 36, 36)
-    monkeypatch.setattr(program, "features", lambda vgg, pictures: torch.cat(list(pictures)))
-    monkeypatch.setattr(program, "kid", lambda *sets: compared.append(sets) or len(compared) / 8)
-    program.save_log(ours, list(x), list(y), "run/m", 7)
-    assert Path("run/m_kid.csv").read_text().splitlines()[1:] == ["7,0.1250,0.2500"]
-    G_x, F_y = (
-        torch.cat([cyclegan.translate(network.module, picture) for picture in pictures])
-        for network, pictures in ((ours.G_ema, x), (ours.F_ema, y))
-    )
-    equal(compared, [(G_x, y.flatten(0, 1)), (F_y, x.flatten(0, 1))])
-
-
 def test_colors_are_matched():
     """What is made has the mean and the covariance of the targets; only the last layer changes."""
     torch.manual_seed(0)
@@ -268,7 +249,42 @@ def test_kid_by_loops():
         return sum((float(x[i] @ y[j]) / 7 + 1) ** 3 for i, j in pairs) / len(pairs)
 
     expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
-    assert program.kid(made, real) == pytest.approx(expected)
-    vgg = common.VGG(["relu1_1"], "vgg19", "random")
-    f = program.features(vgg, list(torch.rand(3, 1, 3, 128, 128)))
-    assert f.shape == (3, 128)
+    assert measuring.kid(made, real) == pytest.approx(expected)
+
+
+def test_a_model_is_measured_by_what_it_makes_of_each_kind(tiny, monkeypatch, capsys):
+    """On test pictures, or on those held out; and plotted over its steps."""
+    save_noise(*(f"data/test{part}/{k}.png" for part in "AB" for k in range(3)))
+    program.main(["data", "-o", "m.pth"])
+    compared = []
+    monkeypatch.setattr(measuring, "features", lambda pictures: torch.cat(pictures))
+    monkeypatch.setattr(measuring, "kid", lambda *sets: compared.append(sets) or len(compared) / 8)
+    capsys.readouterr()
+    for flags, parts in (([], "test"), (["--held-out"], "train")):
+        compared.clear()
+        measuring.main(["data", "m_000002.pth", "m.pth", *flags, "--plot", "kid.png"])
+        horses, zebras = (
+            common.find_images(Path("data", f"{parts}{part}"))
+            if parts == "test"
+            else program.hold_out(Path("data", f"train{part}"))[1]
+            for part in "AB"
+        )
+        x, y = ([common.load_image(p, shorter=36) for p in part] for part in (horses, zebras))
+        expected = [(torch.cat(x), torch.cat(y)), (torch.cat(y), torch.cat(x))]
+        for name in ("m_000002.pth", "m.pth"):
+            G, F = (cyclegan.load_generator(Path(name), way)[0] for way in ("x2y", "y2x"))
+            for network, sources, targets in ((G, x, y), (F, y, x)):
+                made = torch.cat([cyclegan.translate(network, picture) for picture in sources])
+                expected.append((made, torch.cat(targets)))
+        equal(compared, expected)
+        assert capsys.readouterr().out.splitlines() == [
+            "untranslated: to zebras 0.12, to horses 0.25",
+            "m_000002.pth: zebras 0.38, horses 0.50",
+            "m.pth: zebras 0.62, horses 0.75",
+        ]
+    assert common.load_image("kid.png").std() > 0.01
+
+
+def test_features_are_means_and_spreads_of_maps():
+    f = measuring.features(list(torch.rand(2, 1, 3, 40, 60)))
+    assert f.shape == (2, 2 * 512 * 2) and f.isfinite().all() and f.min() >= 0

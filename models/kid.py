@@ -1,0 +1,99 @@
+"""Measure what models of cyclegan.py make of horses and zebras, by KID.
+
+    python models/kid.py data/horse2zebra                          # the shipped one, test pictures
+    python models/kid.py data/horse2zebra run/*.pth --held-out --plot kid.png
+
+KID, the kernel inception distance (Bińkowski et al. 2018), is 0 for two sets of a kind. Here it is
+of VGG-19's maps and in a unit of its own: it cannot be compared with published figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+from cyclegan import load_generator, translate
+from models.horse2zebra import hold_out, load
+
+SHIPPED = Path(__file__).with_name("horse2zebra.pth")
+
+
+@torch.no_grad()
+def features(pictures: list[Tensor]) -> Tensor:
+    """Return the mean and the spread over the positions of each map of VGG, at 128 px: (n, d)."""
+    vgg = common.VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg")
+    rows = []
+    for picture in pictures:
+        small = common.to_pil(picture).resize((128, 128), 1)  # 1: Lanczos
+        maps = [f.flatten(2)[0] for f in vgg(to_tensor(small).unsqueeze(0)).values()]  # (C, h*w)
+        rows.append(torch.cat([torch.cat([f.mean(1), f.std(1)]) for f in maps]))
+    return torch.stack(rows).double()
+
+
+def kid(made: Tensor, real: Tensor) -> float:
+    """Estimate the distance of features (n, d) and (m, d), in units of the spread of `real`."""
+    made, real = (f / (3 * real.std(0).mean()) for f in (made, real))
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    return float(within(made) + within(real) - 2 * kernel(made, real).mean())
+
+
+def measure(model: Path, horses: list[Tensor], zebras: list[Tensor]) -> list[float]:
+    """Return the KID of the zebras and of the horses that a model makes."""
+    found = []
+    for direction, sources, targets in (("x2y", horses, zebras), ("y2x", zebras, horses)):
+        network, _ = load_generator(model, direction)
+        made = [translate(network, source) for source in sources]
+        found.append(kid(features(made), features(targets)))
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", type=Path, help="a folder with trainA, trainB, testA and testB")
+    parser.add_argument("models", type=Path, nargs="*", default=[SHIPPED])
+    held_out = "take the training pictures that models/horse2zebra.py holds out"
+    parser.add_argument("--held-out", action="store_true", help=held_out)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot them over their steps")
+    args = parser.parse_args(argv)
+    if args.held_out:
+        files = [hold_out(args.data / part)[1] for part in ("trainA", "trainB")]
+    else:
+        files = [common.find_images(args.data / part) for part in ("testA", "testB")]
+    horses, zebras = (load(part, torch.device("cpu")) for part in files)
+    before = [kid(features(a), features(b)) for a, b in ((horses, zebras), (zebras, horses))]
+    print("untranslated: to zebras {:.2f}, to horses {:.2f}".format(*before))
+    rows = []
+    for model in args.models:
+        rows.append(measure(model, horses, zebras))
+        print("{}: zebras {:.2f}, horses {:.2f}".format(model.name, *rows[-1]), flush=True)
+    if args.plot:
+        from matplotlib import pyplot
+
+        steps = [common.load_checkpoint(model)["step"] for model in args.models]
+        pyplot.plot(steps, rows, label=["horses to zebras", "zebras to horses"])
+        pyplot.xlabel("step")
+        pyplot.ylabel("KID of held-out pictures" if args.held_out else "KID of test pictures")
+        pyplot.ylim(0)
+        pyplot.legend()
+        pyplot.savefig(args.plot, dpi=150)
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main()
