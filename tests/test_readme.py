@@ -13,7 +13,8 @@ from conftest import ROOT, SCRIPTS, TINY, save_noise, split
 
 import cyclegan
 import gatys
-from common import load_image
+import johnson
+from common import load_checkpoint, load_image
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
@@ -117,6 +118,20 @@ def test_every_command_in_the_text_can_be_read(folder):
                 Path(word).parent.mkdir(exist_ok=True)
                 Path(word).touch()
         SCRIPTS[script].parse_args(arguments)
+
+
+@pytest.mark.parametrize("style", johnson.STYLES)
+def test_the_last_command_of_each_style_takes_as_many_steps_as_its_training_did(style):
+    """The commands in the files are older: there, --decay-iterations are a part of --iterations."""
+    text = (ROOT / "models" / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    command = re.search(rf"^python johnson.py (train .* -o {style}.pth .*)$", text, re.MULTILINE)[1]
+    args = johnson.parse_args(shlex.split(command))
+    saved = load_checkpoint(johnson.model_file(style))
+    assert args.iterations + args.decay_iterations == saved["step"]
+    constant = saved["args"]["iterations"] - saved["args"]["decay_iterations"]
+    assert args.iterations == max(1, constant)
+    for name in ("batch_size", "crop_size", "seed", "style_size", "vgg"):
+        assert vars(args)[name] == saved["args"][name], name
 
 
 def test_the_first_command_and_that_of_the_tests_are_lines_of_their_own():
