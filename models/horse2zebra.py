@@ -1,14 +1,15 @@
-"""Make models/horse2zebra.pth from nothing: horses into zebras, and back. 13 hours of one CPU core.
+"""Make models/horse2zebra.pth from nothing: horses into zebras, and back.
 
     python models/horse2zebra.py data/horse2zebra -o models/horse2zebra.pth
 
-This is CycleGAN (Zhu et al. 2017) with other discriminators. To D_X and D_Y of the paper, faint
-pictures and stripes that are left on a horse look nearly real. E_X and E_Y, in their place, see
-feature maps of VGG-19, which was trained on ImageNet and can tell a horse from a zebra.
+It takes 13 hours of one CPU core. This is CycleGAN (Zhu et al. 2017) with other discriminators. To
+D_X and D_Y of the paper, faint pictures and stripes that are left on a horse look nearly real. E_X
+and E_Y, in their place, see feature maps of VGG-19, which was trained on ImageNet and can tell a
+horse from a zebra.
 
 100 pictures of each training set are held out before the first step. Every thousand steps a model
-is kept beside the output, to see what it makes of them: python tests/benchmark.py horse2zebra-kid.
-Nothing is chosen by that, and the test pictures are not looked at.
+is kept, and models/kid.py tells what it makes of them. Nothing is chosen by that, and the test
+pictures are not looked at.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def save(G: nn.Module, F: nn.Module, step: int, path: Path) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train from nothing, or from the checkpoint, to the end; write the file that ships."""
+    """Train from nothing, or from the checkpoint, to the end; write the model."""
     device = common.pick_device()
     precision = common.pick_precision("auto", device)
     X, apart_X = hold_out(args.data / "trainA")
