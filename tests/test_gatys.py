@@ -143,6 +143,25 @@ def test_moves_are_bounded_while_no_curvature_is_known(lr):
         assert means == pytest.approx([0.01 * lr, 0.21 * lr], rel=1e-3)
 
 
+def test_lbfgs_remembers_a_bounded_move_as_it_was():
+    """From its next gradient, torch takes the curvature along the step times the direction."""
+    z = torch.zeros(1, 1, 1, 4, requires_grad=True)
+    optimizer = gatys.make_optimizer(z, 1, parse_args(["a", "b"]))
+
+    def closure():
+        optimizer.zero_grad()
+        (z.square() / 2 - z).sum().backward()
+        return z.sum()
+
+    optimizer.step(closure)  # moves each value by 1/4
+    before = z.detach().clone()
+    gatys.bound_move(optimizer, z, torch.zeros_like(z), most=0.1)
+    close(z.detach(), before * 0.4)
+    assert optimizer.state[z]["t"] == pytest.approx(0.4 * 0.25)
+    optimizer.step(closure)
+    close(z.detach(), torch.ones_like(z))  # with the right curvature, it is found at once
+
+
 def test_tiles_save_memory_in_the_optimiser_too():
     """Each step that L-BFGS remembers takes two pictures."""
     z = torch.zeros(1, 3, 8, 8, requires_grad=True)
@@ -297,6 +316,12 @@ def test_layers_of_the_fifth_block_count_at_all_scales_but_the_last():
         assert [scale.style_layers for scale in scales] == [layers, last]
     single, _ = plan(512, scales=1)
     assert single[0].style_layers[-1] == "relu5_1"
+
+
+def test_no_painting_gets_too_small_for_the_pooling():
+    painting = torch.rand(1, 3, 20, 400)
+    assert gatys.shrink(painting, 0.25).shape == (1, 3, 16, 320)
+    assert gatys.shrink(painting, 0.9).shape == (1, 3, 18, 360)
 
 
 def test_a_picture_to_continue_from_is_painted_at_the_last_scale_alone():
