@@ -529,7 +529,7 @@ def find_images(folder: Path, but: Path | None = None) -> list[Path]:
     kinds = Image.registered_extensions()
     readable = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN}
     seen = {but.resolve()} - {folder.resolve()} if but else set()
-    images = []
+    files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         real = Path(place).resolve()
         if real in seen:
@@ -537,14 +537,16 @@ def find_images(folder: Path, but: Path | None = None) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in readable:
-                images.append(path)
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    images = sorted(path for path in files if path.suffix.lower() in readable)
+    others = len(files) - len(images)
+    if others:
+        print(f"{folder}: {others} files are passed over, as no readable pictures", file=sys.stderr)
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
     if not images:
         raise InputError(f"no images in {folder}")
-    return sorted(images)
+    return images
 
 
 # --- Outputs ---------------------------------------------------------------------------------
@@ -920,6 +922,11 @@ class Training:
                 if isinstance(part, torch.optim.Optimizer):  # its settings are those of the flags
                     saved = saved | {"param_groups": part.state_dict()["param_groups"]}
                 part.load_state_dict(saved)
+                if isinstance(part, torch.optim.Optimizer):
+                    for parameter, adam in part.state.items():
+                        shapes = {adam["exp_avg"].shape, adam["exp_avg_sq"].shape}
+                        if shapes != {parameter.shape}:
+                            raise ValueError("moments of other parameters")
             ratio = self.pace / state.get("pace", self.pace)
             self.step = int(state["step"] * ratio + 1e-6)
             for row in state["history"]:

@@ -419,13 +419,14 @@ def test_an_animation_may_have_a_frame_that_is_empty(suffix, monkeypatch):
     assert shapes == ([4, 3] if suffix == ".gif" else [4, 3, 4])
 
 
-def test_folders_are_searched_for_all_that_can_be_read():
-    """Folders in them and behind links too, but nothing hidden."""
+def test_folders_are_searched_for_all_that_can_be_read(capsys):
+    """Folders in them and behind links too, but nothing hidden; what is passed over is counted."""
     found = ["in/a.png", "in/deep/b.JFIF", "in/deep/c.tga", "in/link/d.webp"]
     save_noise(*found[:3], "elsewhere/d.webp", "in/.hidden/e.png", "in/.f.png")
     Path("in/deep/other.pdf").touch()
     Path("in/link").symlink_to("../elsewhere", target_is_directory=True)
     assert list(map(str, find_images(Path("in")))) == found
+    assert "1 files" in capsys.readouterr().err
     with pytest.raises(InputError, match="no such folder"):
         find_images(Path("missing"))
 
@@ -1140,6 +1141,11 @@ def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails
     saved, name = common.load_checkpoint(path), "model" if "johnson" in training else "G"
     optimizer = "optimizer" if name == "model" else "optimizer_D"
 
+    def other(**changes):
+        """Change the moments of the optimiser's first parameter."""
+        entries = saved[optimizer]["state"]
+        return {optimizer: saved[optimizer] | {"state": entries | {0: entries[0] | changes}}}
+
     damages = [
         {name: {}},
         {name: torch.rand(3)},
@@ -1148,6 +1154,8 @@ def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails
         {"history": [{"step": "many"}]},
         {"pace": "slow"},
         {optimizer: {}},
+        other(exp_avg=saved[optimizer]["state"][0]["exp_avg"][:1]),
+        other(exp_avg_sq=None),
         {"args": None},
         {"args": saved["args"] | {"lr": torch.rand(2)}},
         {"args": saved["args"] | {"seed": 3.5}},
