@@ -244,8 +244,7 @@ class ImagePool:
         return torch.stack(shown)
 
     def state_dict(self) -> dict:
-        images = [image.cpu() for image in self.images]
-        return {"images": images, "generator": self.generator.get_state()}
+        return {"images": self.images, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         self.images = list(state["images"])
@@ -318,7 +317,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size)
     at_once = args.batch_size * common.process_count()
-    epoch_steps = math.ceil(max(len(X), len(Y)) / at_once)  # the larger domain once
+    larger = max(len(X), len(Y))
+    epoch_steps = math.ceil(larger / at_once)
     steps = epoch_steps * (args.epochs + args.decay_epochs)
     if args.max_steps:
         steps = min(steps, args.max_steps)
@@ -343,7 +343,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
         lr = args.lr * common.lr_factor(epoch, args.epochs, args.decay_epochs)
         for group in gan.optimizer_G.param_groups + gan.optimizer_D.param_groups:
             group["lr"] = lr
-        run.log({"epoch": int(epoch) + 1, "lr": lr} | gan.step(x, y))
+        progress = {"epoch": int(epoch) + 1, "lr": lr}
+        run.log(progress | gan.step(x, y))
     print(checkpoint)
 
 
@@ -416,7 +417,9 @@ def domains(data: Sequence[str], size: int) -> list[tuple[Sequence[Path], Tensor
     if len(data) == 2:
         pairs = [(Path(folder), None) for folder in data]
     else:
-        root = Path(data[0]) if Path(data[0]).is_dir() else download(data[0])
+        root = Path(data[0])
+        if not root.is_dir():
+            root = download(data[0])
         pairs = [(root / "trainA", root / "testA"), (root / "trainB", root / "testB")]
     result = []
     for folder, test in pairs:
@@ -446,26 +449,23 @@ def check_files(args: Namespace) -> None:
 
 @torch.no_grad()
 def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, record: dict, epoch: int) -> None:
-    """Write the epoch's sheet of the test pictures x and y, and models with their `record`."""
-    G = gan.G_ema
-    F = gan.F_ema
-    sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
+    """Write a sheet of the test pictures x and y; and, where they are asked for, models.
+
+    These are the averages of G and F alone, in half precision, with their `record`.
+    """
+    G, F = gan.G_ema.module, gan.F_ema.module
     with autocast(x.device, gan.precision):
         columns = {"x": x, "G(x)": G(x), "F(G(x))": F(G(x)), "F(x)": F(x)}
         columns |= {"y": y, "F(y)": F(y), "G(F(y))": G(F(y)), "G(y)": G(y)}
+    sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
     common.save_sheet(columns, sheet, {"command": record["command"]})
+    model = dict(record)
+    for name, network in (("G", G), ("F", F)):
+        model[name] = {key: w.half() for key, w in network.state_dict().items()}
     if gan.args.export:
-        export(gan, record, gan.args.export)
+        common.save_checkpoint(model, gan.args.export)
     if gan.args.keep_every and epoch % gan.args.keep_every == 0:
-        export(gan, record, sheet.with_suffix(".pth"))
-
-
-def export(gan: CycleGAN, record: dict, path: Path) -> None:
-    """Write the averages of G and F alone, in half precision."""
-    weights = {}
-    for name, average in (("G", gan.G_ema), ("F", gan.F_ema)):
-        weights[name] = {key: w.half() for key, w in average.module.state_dict().items()}
-    common.save_checkpoint(record | weights, path)
+        common.save_checkpoint(model, sheet.with_suffix(".pth"))
 
 
 def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, int | None]:
@@ -478,7 +478,8 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, int |
     authors = "G" not in state  # but plain weights
     name = "G" if direction == "x2y" else "F"
     try:
-        network = build_generator(state if authors else state.get(f"{name}_ema", state[name]))
+        saved = state if authors else state.get(f"{name}_ema", state[name])
+        network = build_generator(saved)
         load_size = state.get("args", {}).get("load_size")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         what = "no model of cyclegan.py, nor a ResNet generator with instance norm of its authors"
@@ -497,37 +498,35 @@ def build_generator(saved: dict[str, Tensor]) -> Generator:
     blocks = sum(name.endswith("conv_block.1.weight") for name in weights)
     width = len(weights["model.1.weight"])
     u128 = weights[f"model.{10 + blocks}.weight"]  # a transposed one has its 4 · width inputs first
-    network = Generator(blocks, width, "transposed" if len(u128) == 4 * width else "nearest")
+    upsample = "transposed" if len(u128) == 4 * width else "nearest"
+    network = Generator(blocks, width, upsample)
     network.load_state_dict(weights)
     return network
 
 
 def first_networks(args: Namespace) -> tuple[Generator, Generator, nn.Module, nn.Module]:
-    """Make the G, F, D_X and D_Y to train: new ones, or those that --start-from names.
+    """Make the G, F, D_X and D_Y to train: new ones, or those of the file that --start-from names.
 
-    It names one file of `train`, which may lack D_X and D_Y, or two of the authors' code.
+    It may lack D_X and D_Y.
     """
-    state: dict[str, dict] = {}
+    saved: dict[str, dict] = {}
     if args.start_from:
-        first, last = args.start_from[0], args.start_from[-1]
-        state = common.load_checkpoint(first)
-        if len(args.start_from) > 2 or (first != last and "G" in state):
-            files = "one file of this script, or two of the authors' code"
-            raise InputError(f"--start-from takes {files}")
-        G, _ = load_generator(first)
-        F, _ = load_generator(last, "y2x" if first == last else "x2y")
+        [path] = args.start_from
+        G, _ = load_generator(path)
+        F, _ = load_generator(path, "y2x")
         common.go_on(args, G.architecture)
+        saved = common.load_checkpoint(path)
     else:
         G = Generator(args.blocks, args.width, args.upsample)
         F = Generator(args.blocks, args.width, args.upsample)
     D_X = PatchDiscriminator(args.width)
     D_Y = PatchDiscriminator(args.width)
     for name, D in (("D_X", D_X), ("D_Y", D_Y)):
-        if name in state:
+        if name in saved:
             try:
-                D.load_state_dict(state[name])
+                D.load_state_dict(saved[name])
             except (RuntimeError, TypeError) as error:
-                raise InputError(f"{name} in {first} is damaged: use another model") from error
+                raise InputError(f"{name} in {path} is damaged: use another model") from error
     return G, F, D_X, D_Y
 
 
@@ -547,7 +546,9 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
 
         It finds horses only at the size that it was trained on.
         """
-        small = common.resize(x, size / min(x.shape[-2:])) if size else x
+        small = x
+        if size:
+            small = common.resize(x, size / min(x.shape[-2:]))
         made = translate(network, small.to(device), args.precision)
         made = nnf.interpolate(made.cpu(), x.shape[-2:], mode="bicubic", antialias=True)
         return made.clamp(0, 1)
@@ -583,8 +584,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     kinds = ["nearest", "transposed"]
     add("--upsample", choices=kinds, default="nearest", help="paper: transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F")
-    start = "go on from horse2zebra, a file, or two of the authors' generators, X → Y and Y → X"
-    add("--start-from", nargs="+", type=model_file, default=(), metavar="MODEL", help=start)
+    add("--start-from", nargs=1, type=model_file, default=(), help="model to go on from")
     add("--export", type=Path, metavar="FILE", help="write G and F alone, too, in half precision")
     add = sub.add_argument_group("training").add_argument
     add("--epochs", type=number(int), default=100, help="passes through the larger set, at --lr")

@@ -155,7 +155,8 @@ class TransformNet(nn.Module):
         words = {"norm": norm, "upsample": upsample, "padding": padding, "output": output}
         for name, word in words.items():
             if word not in CHOICES[name]:
-                raise InputError(f"{name} {word}: choose {' or '.join(CHOICES[name])}")
+                known = " or ".join(CHOICES[name])
+                raise InputError(f"{name} {word}: choose {known}")
         self.architecture = words
         self.margin = 40 if padding == "start" else 0
         self.linear = output == "linear"
@@ -359,12 +360,15 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
     The result is the same. It takes less memory and time: torch's convolutions copy what they are
     given. A training, whose crops are small, takes no strips.
     """
-    rows = 2 * max(16, STRIP // x.shape[3] // 2)  # even, for a stride of 2
-    places = x.shape[2] - kernel + 1
+    height, width = x.shape[2:]
+    places = height - kernel + 1
+    rows = 2 * max(16, STRIP // width // 2)  # even, for a stride of 2
     if torch.is_grad_enabled() or places <= rows:
         return convolve(x)
-    tops = range(0, places, rows)
-    return torch.cat([convolve(x[:, :, top : top + rows + kernel - 1]) for top in tops], dim=2)
+    strips = []
+    for top in range(0, places, rows):
+        strips.append(convolve(x[:, :, top : top + rows + kernel - 1]))
+    return torch.cat(strips, dim=2)
 
 
 def first_network(args: Namespace) -> TransformNet:
@@ -399,8 +403,9 @@ def save_samples(f_W: TransformNet, x: Tensor, args: Namespace, record: dict) ->
         columns = {"x": x, "f_W(x)": f_W(x)}
     f_W.train()
     paths = [args.output]
-    if args.keep_every and record["step"] % args.keep_every == 0:
-        paths.append(beside(args.output, f"{record['step']:06d}.pth"))
+    step = record["step"]
+    if args.keep_every and step % args.keep_every == 0:
+        paths.append(beside(args.output, f"{step:06d}.pth"))
     for path in paths:
         common.save_checkpoint(record | {"model": half}, path)
         common.save_sheet(columns, beside(path, "samples.jpg"), {"command": record["command"]})
