@@ -358,13 +358,13 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
     """Convolve padded maps x (B, C, H, W) with a kernel of so many rows; large ones in strips.
 
     The result is the same. It takes less memory and time: torch's convolutions copy what they are
-    given. A training, whose crops are small, takes no strips.
+    given. With gradients, as in a training or an export to ONNX, there are no strips.
     """
+    if torch.is_grad_enabled():
+        return convolve(x)
     height, width = x.shape[2:]
     places = height - kernel + 1
     rows = 2 * max(16, STRIP // width // 2)  # even, for a stride of 2
-    if torch.is_grad_enabled() or places <= rows:
-        return convolve(x)
     strips = []
     for top in range(0, places, rows):
         strips.append(convolve(x[:, :, top : top + rows + kernel - 1]))
@@ -406,9 +406,10 @@ def save_samples(f_W: TransformNet, x: Tensor, args: Namespace, record: dict) ->
     step = record["step"]
     if args.keep_every and step % args.keep_every == 0:
         paths.append(beside(args.output, f"{step:06d}.pth"))
+    metadata = {"command": record["command"]}
     for path in paths:
         common.save_checkpoint(record | {"model": half}, path)
-        common.save_sheet(columns, beside(path, "samples.jpg"), {"command": record["command"]})
+        common.save_sheet(columns, beside(path, "samples.jpg"), metadata)
 
 
 def load_network(path: Path) -> TransformNet:
