@@ -209,7 +209,7 @@ def test_strips_give_the_same_result(switches, size, monkeypatch):
     assert (whole[..., 1:, :] - whole[..., :-1, :]).abs().max() > 0.1  # a shift could be seen
 
 
-@pytest.mark.parametrize("pixels", [1, 69 * 35, 69 * 46, 2**16])
+@pytest.mark.parametrize("pixels", [1, 69 * 35, 69 * 46, 2**18])
 def test_a_large_picture_is_convolved_in_strips_of_an_even_number_of_rows(pixels, monkeypatch):
     """Of so many pixels at most, or of 32 rows. A training takes no strips."""
     network = contrasting(TransformNet()).eval()
