@@ -351,7 +351,7 @@ def stylize(
 STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this: docs/johnson.md
 model_file = partial(common.model_file, known=STYLES)
 STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
-STRIP = 2**18  # pixels of maps that are convolved at a time
+STRIP = 2**23  # values of maps that are convolved at a time
 
 
 def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> Tensor:
@@ -362,9 +362,9 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
     """
     if torch.is_grad_enabled():
         return convolve(x)
-    height, width = x.shape[2:]
+    _, channels, height, width = x.shape
     places = height - kernel + 1
-    rows = 2 * max(16, STRIP // width // 2)  # even, for a stride of 2
+    rows = 2 * max(16, STRIP // (channels * width) // 2)  # even, for a stride of 2
     strips = []
     for top in range(0, places, rows):
         strips.append(convolve(x[:, :, top : top + rows + kernel - 1]))
