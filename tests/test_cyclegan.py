@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import equal, files, gan, norm, run, save_noise, state
+from conftest import equal, files, gan, norm, provenance, run, save_noise, state
 
 import common
 import cyclegan
@@ -93,6 +93,7 @@ def test_what_a_training_leaves(folders):
     kept = ["epoch_002.pth", "epoch_004.pth"]
     others = ["checkpoint.pth", "losses.csv", "losses.png"]
     assert files("new/run") == sorted([*others, *sheets, *kept])
+    assert "command: python cyclegan.py train" in provenance("new/run/epoch_001.jpg")
     header, *_, row = Path("new/run/losses.csv").read_text().splitlines()
     assert header == "step,epoch,lr,total,G,F,cycle,identity,D_X,D_Y"
     step, epoch, lr, total, G, F, cycle, identity, *_ = map(float, row.split(","))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import CONTENT, ROOT, STYLE, equal, files, run, save_noise, state
+from conftest import CONTENT, ROOT, STYLE, equal, files, provenance, run, save_noise, state
 from conftest import norm as norm_of
 
 import common
@@ -123,6 +123,7 @@ def test_what_a_training_leaves(photos):
         "a.pth",
         "a.samples.jpg",
     ]
+    assert "command: python johnson.py train" in provenance("new/a.samples.jpg")
     header, _, row = Path("new/a.losses.csv").read_text().splitlines()
     assert header == "step,total,content,style,variation"
     total, content, style, variation = map(float, row.split(",")[1:])
