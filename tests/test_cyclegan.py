@@ -213,6 +213,9 @@ def test_pictures_are_translated_at_the_size_of_training(monkeypatch):
     for size, shape in ((24, (12, 24)), (60, (30, 60)), (160, (80, 160))):
         run(f"{command} b.png -o {size}.png --image-size {size}")
         assert load_image(f"{size}.png").shape == (1, 3, *shape)
+    save_noise("small.png", size=(40, 20))
+    run(f"{command} small.png -o enlarged.png")
+    assert load_image("enlarged.png").shape == (1, 3, 20, 40)
     run(f"{command} transparent.png -o alpha.png")
     assert next(common.load_frames("alpha.png"))[0].shape == (1, 4, 40, 80)
     assert set(seen) == {(30, 60)}
