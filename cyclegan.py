@@ -24,12 +24,9 @@ import math
 import shlex
 import sys
 import tempfile
-import zipfile
-import zlib
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -247,8 +244,7 @@ class ImagePool:
         return torch.stack(shown)
 
     def state_dict(self) -> dict:
-        images = [image.cpu() for image in self.images]
-        return {"images": images, "generator": self.generator.get_state()}
+        return {"images": self.images, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         self.images = list(state["images"])
@@ -266,22 +262,13 @@ class CycleGAN:
     ) -> None:
         self.args = args
         self.precision = precision
-        loaded = load_networks(args.start_from) if args.start_from else {}
-        if loaded:  # its networks decide the sizes of the others
-            common.go_on(args, loaded["G"].architecture)
-        G = loaded.get("G") or Generator(args.blocks, args.width, args.upsample)
-        F = loaded.get("F") or Generator(args.blocks, args.width, args.upsample)
-        D_X = loaded.get("D_X") or PatchDiscriminator(args.width)
-        D_Y = loaded.get("D_Y") or PatchDiscriminator(args.width)
-        self.G, self.F = G.to(device).train(), F.to(device).train()
-        self.D_X, self.D_Y = D_X.to(device).train(), D_Y.to(device).train()
+        networks = nn.ModuleList(first_networks(args)).to(device).train()
+        self.G, self.F, self.D_X, self.D_Y = networks
         self.G_ema = AveragedModel(self.G, avg_fn=self.average)
         self.F_ema = AveragedModel(self.F, avg_fn=self.average)
-        generators = nn.ModuleList([self.G, self.F])
-        discriminators = nn.ModuleList([self.D_X, self.D_Y])
         betas = (args.beta1, 0.999)
-        self.optimizer_G = torch.optim.Adam(generators.parameters(), args.lr, betas)
-        self.optimizer_D = torch.optim.Adam(discriminators.parameters(), args.lr, betas)
+        self.optimizer_G = torch.optim.Adam(networks[:2].parameters(), args.lr, betas)
+        self.optimizer_D = torch.optim.Adam(networks[2:].parameters(), args.lr, betas)
         self.pool_X = ImagePool(args.pool_size, seed=1000 * args.seed)
         self.pool_Y = ImagePool(args.pool_size, seed=1000 * args.seed + 1)
 
@@ -328,48 +315,46 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     check_files(args)
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
-    (X, x_test), (Y, y_test) = domains(args.data, args.crop_size, device)
+    (X, x_test), (Y, y_test) = domains(args.data, args.crop_size)
     at_once = args.batch_size * common.process_count()
-    epoch_steps = math.ceil(max(len(X), len(Y)) / at_once)  # the larger domain once
+    larger = max(len(X), len(Y))
+    epoch_steps = math.ceil(larger / at_once)
     steps = epoch_steps * (args.epochs + args.decay_epochs)
     if args.max_steps:
         steps = min(steps, args.max_steps)
 
     torch.manual_seed(args.seed)
     gan = CycleGAN(args, device, precision)
-    networks = ["G", "F", "D_X", "D_Y", "G_ema", "F_ema"]
-    names = [*networks, "optimizer_G", "optimizer_D", "pool_X", "pool_Y"]
-    changing = {name: getattr(gan, name) for name in names}
+    parts = {name: part for name, part in vars(gan).items() if hasattr(part, "state_dict")}
     record = {"args": common.plain(args), "command": shlex.join(command)}
     checkpoint = args.output / "checkpoint.pth"
 
     def sample(step: int) -> None:
-        save_samples(gan, x_test, y_test, record, step, math.ceil(step / epoch_steps))
+        epoch = math.ceil(step / epoch_steps)
+        save_samples(gan, x_test.to(device), y_test.to(device), record | {"step": step}, epoch)
 
     run = common.Training(
-        args, device, precision, checkpoint, steps, changing, sample, record, epoch_steps
+        args, device, precision, checkpoint, steps, parts, sample, record, epoch_steps
     )
     # Pictures are scaled by their shorter side. The authors' code squashes them to a square.
-    flip = not args.no_flip
-    crops = common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=flip)
+    crops = common.Crops([X, Y], args.load_size, args.crop_size, args.seed, flip=not args.no_flip)
     for x, y in run.batches(crops):
         epoch = run.step / epoch_steps
         lr = args.lr * common.lr_factor(epoch, args.epochs, args.decay_epochs)
         for group in gan.optimizer_G.param_groups + gan.optimizer_D.param_groups:
             group["lr"] = lr
-        run.log({"epoch": int(epoch) + 1, "lr": lr} | gan.step(x, y))
+        progress = {"epoch": int(epoch) + 1, "lr": lr}
+        run.log(progress | gan.step(x, y))
     print(checkpoint)
 
 
 # --- Translating ----------------------------------------------------------------------------------
 
 
-def translate(
-    network: Generator, x: Tensor, precision: str = "auto", exact: bool = False
-) -> Tensor:
+def translate(network: Generator, x: Tensor, precision: str = "auto") -> Tensor:
     """Translate (B, 3, H, W) in [0, 1] of any size from 5 px a side, to the same size.
 
-    `auto` is bfloat16 where that is fast; if the result is to be `exact`, float32.
+    `precision` is float32, bfloat16, or auto: bfloat16 where that is fast.
     """
     common.check_memory(x, 15 * network.model[1].out_channels)
     height, width = x.shape[-2:]
@@ -378,7 +363,7 @@ def translate(
 
     padding = (0, -width % 4, 0, -height % 4)  # to multiples of 4
     padded = nnf.pad(x.float(), padding, mode="reflect")
-    with torch.no_grad(), autocast(x.device, common.pick_precision(precision, x.device, exact)):
+    with torch.no_grad(), autocast(x.device, common.pick_precision(precision, x.device)):
         return network(padded)[..., :height, :width]
 
 
@@ -388,7 +373,6 @@ SERVER = "https://efrosgans.eecs.berkeley.edu/cyclegan/datasets"
 DATASETS = ["horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2photo", "maps"]
 DATASETS += ["cezanne2photo", "ukiyoe2photo", "vangogh2photo", "facades", "ae_photos"]
 DATASETS += ["iphone2dslr_flower"]
-FAILURES = (OSError, RuntimeError, HTTPException, zipfile.BadZipFile, zlib.error, EOFError)
 
 # The model that comes with this: made by models/horse2zebra.py
 model_file = partial(common.model_file, known=["horse2zebra"])
@@ -414,22 +398,16 @@ def download(name: str, folder: Path = Path("data")) -> Path:
             tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary,
         ):
             download_and_extract_archive(url, temporary)
-            unpacked = Path(temporary, name)
-            for part in ("trainA", "trainB"):
-                if not (unpacked / part).is_dir():
-                    raise OSError(f"{part} is missing")
-            unpacked.rename(target)
-    except FAILURES as error:
+            Path(temporary, name).rename(target)
+    except Exception as error:  # no network, a bad proxy, a bad file
         reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
         advice = f"try again, or unpack it yourself, to {target}/trainA, trainB, …"
         raise InputError(f"cannot download {url} whole ({reason}): {advice}") from error
     return target
 
 
-def domains(
-    data: Sequence[str], size: int, device: torch.device | str = "cpu"
-) -> list[tuple[Sequence[Path], Tensor]]:
-    """For X and for Y, find the files to train on, and up to four test pictures on `device`.
+def domains(data: Sequence[str], size: int) -> list[tuple[Sequence[Path], Tensor]]:
+    """Find, for X and for Y, the files to train on, and up to four test pictures.
 
     `data` are two folders; or one with trainA and trainB; or the name of one of the authors' sets.
     Test pictures (B, 3, size, size) are from testA and testB, or held out.
@@ -439,7 +417,9 @@ def domains(
     if len(data) == 2:
         pairs = [(Path(folder), None) for folder in data]
     else:
-        root = Path(data[0]) if Path(data[0]).is_dir() else download(data[0])
+        root = Path(data[0])
+        if not root.is_dir():
+            root = download(data[0])
         pairs = [(root / "trainA", root / "testA"), (root / "trainB", root / "testB")]
     result = []
     for folder, test in pairs:
@@ -448,7 +428,7 @@ def domains(
             samples, _ = common.hold_out(common.find_images(test), size)
         else:
             samples, files = common.hold_out(files, size)
-        result.append((files, samples.to(device)))
+        result.append((files, samples))
     return result
 
 
@@ -468,116 +448,108 @@ def check_files(args: Namespace) -> None:
 
 
 @torch.no_grad()
-def save_samples(
-    gan: CycleGAN, x: Tensor, y: Tensor, record: dict[str, object], step: int, epoch: int
-) -> None:
-    """Write the epoch's sheet of the test pictures x and y, and models; print warnings."""
-    G = gan.G_ema
-    F = gan.F_ema
-    sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
+def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, record: dict, epoch: int) -> None:
+    """Write a sheet of the test pictures x and y; and, where they are asked for, models.
+
+    These are the averages of G and F alone, in half precision, with their `record`.
+    """
+    G, F = gan.G_ema.module, gan.F_ema.module
     with autocast(x.device, gan.precision):
         columns = {"x": x, "G(x)": G(x), "F(G(x))": F(G(x)), "F(x)": F(x)}
         columns |= {"y": y, "F(y)": F(y), "G(F(y))": G(F(y)), "G(y)": G(y)}
+    sheet = gan.args.output / f"epoch_{epoch:03d}.jpg"
     common.save_sheet(columns, sheet, {"command": record["command"]})
+    model = dict(record)
+    for name, network in (("G", G), ("F", F)):
+        model[name] = {key: w.half() for key, w in network.state_dict().items()}
     if gan.args.export:
-        export(gan, record | {"step": step}, gan.args.export)
+        common.save_checkpoint(model, gan.args.export)
     if gan.args.keep_every and epoch % gan.args.keep_every == 0:
-        export(gan, record | {"step": step}, sheet.with_suffix(".pth"))
-    for name, before, after in (("G", x, columns["G(x)"]), ("F", y, columns["F(y)"])):
-        lightness = torch.stack([picture.mean(1).flatten() for picture in (before, after)])
-        if distance(before, after) < 0.02:
-            advice = "has become the identity: lower --lambda-identity, or --lambda-cycle"
-            print(f"warning: {name} {advice}", file=sys.stderr)
-        elif torch.corrcoef(lightness)[0, 1] < -0.3:
-            advice = "turns light into dark: raise --lambda-identity, or take another --seed"
-            print(f"warning: {name} {advice}", file=sys.stderr)
+        common.save_checkpoint(model, sheet.with_suffix(".pth"))
 
 
-def export(gan: CycleGAN, record: dict[str, object], path: Path) -> None:
-    """Write the averages of G and F alone, in half precision."""
-    weights = {}
-    for name, average in (("G", gan.G_ema), ("F", gan.F_ema)):
-        weights[name] = {key: w.half() for key, w in average.module.state_dict().items()}
-    common.save_checkpoint(record | weights, path)
-
-
-def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, Namespace]:
+def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, int | None]:
     """Read G (x2y) or F (y2x) from a file of `train`, or the generator of a file of the authors.
 
-    Returns it with two facts: whether the file is the `authors`', and the `load_size` of its
-    training, if known. InputError if it is neither, or damaged.
+    Returns it with the shorter side of the pictures of its training, in px, or None if the file is
+    the authors', which does not say. InputError if it is neither, or damaged.
     """
     state = common.load_checkpoint(path)
     authors = "G" not in state  # but plain weights
     name = "G" if direction == "x2y" else "F"
     try:
         saved = state if authors else state.get(f"{name}_ema", state[name])
-        network = build_generator(common.plain_weights(saved))
+        network = build_generator(saved)
         load_size = state.get("args", {}).get("load_size")
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         what = "no model of cyclegan.py, nor a ResNet generator with instance norm of its authors"
         raise InputError(f"{path} is {what}") from error
     if authors and direction == "y2x":
-        advice = "name the file of the other one"
-        raise InputError(f"{path} holds one generator, of one direction: {advice}")
-    if not common.all_finite(network.state_dict()):
-        advice = "train it again, with a smaller --lr"
-        raise InputError(f"{path} has weights that are not finite: {advice}")
-    return network.eval(), Namespace(authors=authors, load_size=load_size)
+        raise InputError(f"{path} holds one generator: for the other direction, name its file")
+    return network.eval(), load_size
 
 
 def build_generator(saved: dict[str, Tensor]) -> Generator:
-    """Make the generator whose weights are saved, perhaps by an older version of its code."""
+    """Make the generator whose weights are saved."""
     weights = {}
-    for name, value in saved.items():
-        name = name.replace("conv_block.6.", "conv_block.5.")  # its place in blocks with dropout
+    for name, value in common.plain_weights(saved).items():
         if "running_" not in name and name != "n_averaged":  # statistics that nothing uses
             weights[name] = value
     blocks = sum(name.endswith("conv_block.1.weight") for name in weights)
     width = len(weights["model.1.weight"])
     u128 = weights[f"model.{10 + blocks}.weight"]  # a transposed one has its 4 · width inputs first
-    network = Generator(blocks, width, "transposed" if len(u128) == 4 * width else "nearest")
+    upsample = "transposed" if len(u128) == 4 * width else "nearest"
+    network = Generator(blocks, width, upsample)
     network.load_state_dict(weights)
     return network
 
 
-def load_networks(paths: Sequence[Path]) -> dict[str, nn.Module]:
-    """Read G and F to go on from, and D_X and D_Y if there are.
+def first_networks(args: Namespace) -> tuple[Generator, Generator, nn.Module, nn.Module]:
+    """Make the G, F, D_X and D_Y to train: new ones, or those of the file that --start-from names.
 
-    `paths` are one file of `train`, or two of the authors' code.
+    It may lack D_X and D_Y.
     """
-    state = common.load_checkpoint(paths[0])
-    if len(paths) > 2 or (len(paths) == 2 and "G" in state):
-        raise InputError("--start-from takes one file of this script, or two of the authors' code")
-    networks: dict[str, nn.Module] = {"G": load_generator(paths[0])[0]}
-    networks["F"] = load_generator(paths[-1], "y2x" if len(paths) == 1 else "x2y")[0]
-    for name in ("D_X", "D_Y"):
-        if name in state:
+    saved: dict[str, dict] = {}
+    if args.start_from:
+        [path] = args.start_from
+        G, _ = load_generator(path)
+        F, _ = load_generator(path, "y2x")
+        common.go_on(args, G.architecture)
+        saved = common.load_checkpoint(path)
+    else:
+        G = Generator(args.blocks, args.width, args.upsample)
+        F = Generator(args.blocks, args.width, args.upsample)
+    D_X = PatchDiscriminator(args.width)
+    D_Y = PatchDiscriminator(args.width)
+    for name, D in (("D_X", D_X), ("D_Y", D_Y)):
+        if name in saved:
             try:
-                width = len(state[name]["model.0.weight"])
-                networks[name] = PatchDiscriminator(width)
-                networks[name].load_state_dict(state[name])
-            except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-                raise InputError(f"{name} in {paths[0]} is damaged: use another model") from error
-    return networks
+                D.load_state_dict(saved[name])
+            except (RuntimeError, TypeError) as error:
+                raise InputError(f"{name} in {path} is damaged: use another model") from error
+    return G, F, D_X, D_Y
 
 
 def translate_files(args: Namespace, command: Sequence[str]) -> None:
     """Translate files and folders as args say; exit with status 1 if some could not be read."""
     device = common.pick_device(args.device)
-    network, facts = load_generator(args.model, args.direction)
+    network, size = load_generator(args.model, args.direction)
     network.to(device)
-    precision = common.pick_precision(args.precision, device, exact=facts.authors)
-    size = facts.load_size  # a network finds horses only at the size that it was trained on
+    if size is None and args.precision == "auto":  # an authors' model: to the pixels of their code
+        args.precision = "float32"
+    precision = common.pick_precision(args.precision, device)
     told = f", at a shorter side of {size} px" if size else ""
     print(f"computing on {device} in {precision}{told}", file=sys.stderr)
 
     def transform(x: Tensor) -> Tensor:
-        """Translate a picture (1, 3, H, W): made small for the network, then as large again."""
-        if not size:
-            return translate(network, x.to(device), args.precision, facts.authors)
-        scale = size / min(x.shape[-2:])
-        made = translate(network, common.resize(x, scale).to(device), args.precision)
+        """Translate a picture (1, 3, H, W): made small for the network, then as large again.
+
+        It finds horses only at the size that it was trained on.
+        """
+        small = x
+        if size:
+            small = common.resize(x, size / min(x.shape[-2:]))
+        made = translate(network, small.to(device), args.precision)
         made = nnf.interpolate(made.cpu(), x.shape[-2:], mode="bicubic", antialias=True)
         return made.clamp(0, 1)
 
@@ -592,8 +564,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    usage = "%(prog)s DIR [DIR] -o FOLDER [flags]"
-    sub = commands.add_parser("train", help="learn from two sets", usage=usage)
+    sub = commands.add_parser("train", help="learn from two sets")
     add = sub.add_argument_group("pictures").add_argument
     data = "two folders, X and Y, searched with all folders in them; or one with trainA and trainB;"
     data += f" or an authors' set, which is downloaded into data/: {', '.join(DATASETS)}"
@@ -611,54 +582,36 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("--width", type=number(int, 1, 4096), default=64, help="channels of their first layer")
     add("--blocks", type=number(int, 1, 1000), help="(default: 9; 6 for crops up to 128 px)")
     kinds = ["nearest", "transposed"]
-    add("--upsample", choices=kinds, default="nearest", help="the paper's is transposed")
+    add("--upsample", choices=kinds, default="nearest", help="paper: transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F")
-    start = "go on from horse2zebra, a file, or two of the authors' generators, X → Y and Y → X"
-    add("--start-from", nargs="+", type=model_file, default=(), metavar="MODEL", help=start)
+    add("--start-from", nargs=1, type=model_file, default=(), help="model to go on from")
     add("--export", type=Path, metavar="FILE", help="write G and F alone, too, in half precision")
     add = sub.add_argument_group("training").add_argument
     add("--epochs", type=number(int), default=100, help="passes through the larger set, at --lr")
-    decay = "epochs after these in which the rate falls to 0"
-    add("--decay-epochs", type=number(int), default=100, help=decay)
+    add("--decay-epochs", type=number(int), default=100, help="more, while --lr falls to 0")
     add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
     add("--lr", type=number(most=1e30), default=2e-4, help="learning rate of Adam")
     add("--beta1", type=number(most=0.999), default=0.5, help="Adam's share of old gradients")
     add("--batch-size", type=number(int, 1), default=1, help="pictures of each domain a step")
     common.add_training_arguments(sub)
 
-    usage = "%(prog)s input [input ...] [flags]"
-    sub = commands.add_parser("translate", help="translate pictures", usage=usage)
+    sub = commands.add_parser("translate", help="translate pictures")
     add = sub.add_argument_group("pictures").add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder")
-    output = "picture, or folder for several (default: <input>_<direction>.png)"
-    add("-o", "--output", type=Path, help=output)
-    size = "longer side of the result, in px (default: as the input)"
-    add("--image-size", type=number(int, 1, 65536), help=size)
+    add("-o", "--output", type=Path, help="picture, or folder (default: <input>_<direction>.png)")
+    add("--image-size", type=number(int, 1, 65536), help="longer side, px (default: the input's)")
     add = sub.add_argument_group("network").add_argument
-    model = "horse2zebra, or a file: of train, or a generator of the authors' code"
-    add("--model", type=model_file, default="horse2zebra", help=model)
-    direction = "x2y: G, for the shipped model horse to zebra; y2x: F, the way back"
-    add("--direction", choices=["x2y", "y2x"], default="x2y", help=direction)
+    add("--model", type=model_file, default="horse2zebra", help="file of train, or of the authors")
+    add("--direction", choices=["x2y", "y2x"], default="x2y", help="G, or F: the way back")
     common.add_device_arguments(sub)
 
     args = common.parse_args(parser, argv, outputs_of)
     if args.command == "train":
-        check_args(args)
+        args.load_size = args.load_size or round(args.crop_size * 286 / 256)
+        args.blocks = args.blocks or (6 if args.crop_size <= 128 else 9)
+        if args.load_size < args.crop_size or args.crop_size % 4:
+            raise InputError("--crop-size must be a multiple of 4, and at most --load-size")
     return args
-
-
-def check_args(args: Namespace) -> None:
-    """Set what is derived from other flags; InputError if two of them do not fit."""
-    args.load_size = args.load_size or round(args.crop_size * 286 / 256)
-    args.blocks = args.blocks or (6 if args.crop_size <= 128 else 9)
-    if args.load_size < args.crop_size:
-        raise InputError(f"--load-size {args.load_size} is less than --crop-size {args.crop_size}")
-    if args.crop_size % 4:
-        raise InputError(f"--crop-size {args.crop_size}: choose a multiple of 4")
-    if args.epochs + args.decay_epochs == 0:
-        raise InputError("nothing to do: choose --epochs or --decay-epochs above 0")
-    if args.export and args.export.suffix.lower() not in (".pth", ".pt"):
-        raise InputError(f"cannot write {args.export}: its suffix must be .pth or .pt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

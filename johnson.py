@@ -51,23 +51,20 @@ def pad(x: Tensor, margin: int, mode: str) -> Tensor:
 
 
 class Convolution(nn.Module):
-    """Pad maps (B, C, H, W) as `mode` says (`none`: not at all) and convolve them.
-
-    Given a `strip`, it takes so many rows at a time: see in_strips.
-    """
+    """Pad maps (B, C, H, W) as `mode` says (`none`: not at all) and convolve them."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, mode: str = "reflect"
     ) -> None:
         super().__init__()
         self.mode = mode
-        self.margin = 0 if mode == "none" else kernel // 2
         self.kernel = kernel
+        self.margin = 0 if mode == "none" else kernel // 2
         self.conv2d = nn.Conv2d(inputs, outputs, kernel, stride)
 
-    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = pad(x, self.margin, self.mode)
-        return in_strips(self.conv2d, x, self.kernel, strip)  # (B, C', H/stride, W/stride)
+        return in_strips(self.conv2d, x, self.kernel)  # (B, C', H/stride, W/stride)
 
 
 class NearestConvolution(nn.Module):
@@ -81,7 +78,7 @@ class NearestConvolution(nn.Module):
         self.mode = "replicate" if mode == "reflect" else mode  # before doubling, that is the same
         self.conv2d = nn.Conv2d(inputs, outputs, 3)
 
-    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         # Doubling makes equal pixels. Where the 3×3 kernel sees equal ones, its weights are added
         # up instead: one transposed convolution does it all, of half the work. Its 4×4 kernel is
         # the sum of four copies of the other, each shifted by 0 or 1 both ways.
@@ -90,7 +87,7 @@ class NearestConvolution(nn.Module):
         w = nnf.pad(w, [0, 0, 0, 1]) + nnf.pad(w, [0, 0, 1, 0])  # (C, C', 4, 4)
         bias = self.conv2d.bias
         convolve = partial(nnf.conv_transpose2d, weight=w, bias=bias, stride=2, padding=3)
-        return in_strips(convolve, pad(x, 1, self.mode), 3, strip)  # (B, C', 2H, 2W)
+        return in_strips(convolve, pad(x, 1, self.mode), 3)  # (B, C', 2H, 2W)
 
 
 class TransposedConvolution(nn.Module):
@@ -100,8 +97,8 @@ class TransposedConvolution(nn.Module):
         super().__init__()
         self.conv2d = nn.ConvTranspose2d(inputs, outputs, 3, 2, padding=1, output_padding=1)
 
-    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
-        return self.conv2d(x)  # (B, C', 2H, 2W), never in strips
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2d(x)  # (B, C', 2H, 2W)
 
 
 class Residual(nn.Module):
@@ -118,9 +115,9 @@ class Residual(nn.Module):
         self.in2 = norm(channels)
         self.inside = slice(2, -2) if mode == "none" else slice(None)
 
-    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
-        y = torch.relu_(self.in1(self.conv1(x, strip)))
-        y = self.in2(self.conv2(y, strip))
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu_(self.in1(self.conv1(x)))
+        y = self.in2(self.conv2(y))
         return y.add_(x[..., self.inside, self.inside])
 
 
@@ -158,7 +155,8 @@ class TransformNet(nn.Module):
         words = {"norm": norm, "upsample": upsample, "padding": padding, "output": output}
         for name, word in words.items():
             if word not in CHOICES[name]:
-                raise InputError(f"{name} {word}: choose {' or '.join(CHOICES[name])}")
+                known = " or ".join(CHOICES[name])
+                raise InputError(f"{name} {word}: choose {known}")
         self.architecture = words
         self.margin = 40 if padding == "start" else 0
         self.linear = output == "linear"
@@ -186,19 +184,19 @@ class TransformNet(nn.Module):
         self.in5 = Norm(32)
         self.deconv3 = Convolution(32, 3, 9, 1, mode)  # 3×9×9 conv, stride 1  (B, 3, H, W)
 
-    def forward(self, x: Tensor, strip: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map pictures (B, 3, H, W) in [0, 1] to stylised ones of the same size and range."""
         height, width = x.shape[-2:]
         y = 255 * x if self.linear else x
         y = pad(y, self.margin, "reflect")
-        y = torch.relu_(self.in1(self.conv1(y, strip)))
-        y = torch.relu_(self.in2(self.conv2(y, strip)))
-        y = torch.relu_(self.in3(self.conv3(y, strip)))
+        y = torch.relu_(self.in1(self.conv1(y)))
+        y = torch.relu_(self.in2(self.conv2(y)))
+        y = torch.relu_(self.in3(self.conv3(y)))
         for residual in (self.res1, self.res2, self.res3, self.res4, self.res5):
-            y = residual(y, strip)
-        y = torch.relu_(self.in4(self.deconv1(y, strip)))
-        y = torch.relu_(self.in5(self.deconv2(y, strip)))
-        y = self.deconv3(y, strip)
+            y = residual(y)
+        y = torch.relu_(self.in4(self.deconv1(y)))
+        y = torch.relu_(self.in5(self.deconv2(y)))
+        y = self.deconv3(y)
         y = y[..., :height, :width].float()  # crop: sides were rounded up to multiples of 4
         if self.linear:
             return (y / 255).clamp(0, 1)
@@ -245,9 +243,7 @@ class Objective:
         Both are (B, 3, H, W) in [0, 1].
         """
         args = self.args
-        layer_c = (
-            args.content_layer
-        )  # relu2_2, as in the paper's text; the authors' code has relu3_3
+        layer_c = args.content_layer  # relu2_2 in the paper; relu3_3 in the authors' code
         with torch.no_grad():  # the target does not depend on W: no graph for it
             f_c = self.vgg(y_c, [layer_c])
         f = self.vgg(y_hat, [layer_c, *args.style_layers])
@@ -280,18 +276,10 @@ def step(
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def first_network(args: Namespace) -> TransformNet:
-    """Make the network to train: a new one, or the model that --start-from names."""
-    if not args.start_from:
-        return TransformNet(args.norm, args.upsample, args.padding)
-    f_W = load_network(args.start_from[0])
-    common.go_on(args, f_W.architecture)
-    return f_W
-
-
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    common.check_outputs(outputs_of(args), [args.style, args.data])
+    outputs = outputs_of(args)
+    common.check_outputs(outputs, [args.style, args.data])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     held_out, files = common.hold_out(common.find_images(args.data), args.crop_size)
@@ -304,22 +292,15 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     vgg = VGG(layers, args.vgg, args.vgg_weights, precision=precision).to(device)
     objective = Objective(vgg, y_s, args)
 
-    facts = {"architecture": f_W.architecture, "args": common.plain(args)}
-    record = facts | {"command": shlex.join(command)}
+    record = {"architecture": f_W.architecture, "args": common.plain(args)}
+    record["command"] = shlex.join(command)
 
     def sample(iteration: int) -> None:
         save_samples(f_W, held_out.to(device), args, record | {"step": iteration})
 
-    run = common.Training(
-        args,
-        device,
-        precision,
-        checkpoint=outputs_of(args)[0],
-        steps=args.iterations + args.decay_iterations,
-        parts={"model": f_W, "optimizer": optimizer},
-        sample=sample,
-        record=record,
-    )
+    parts = {"model": f_W, "optimizer": optimizer}
+    steps = args.iterations + args.decay_iterations
+    run = common.Training(args, device, precision, outputs[0], steps, parts, sample, record)
     # Photos are cropped at random. The paper resizes them to 256×256.
     crops = common.Crops([files], args.crop_size, args.crop_size, args.seed)
     for [x] in run.batches(crops):
@@ -332,7 +313,6 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 # --- Stylising -------------------------------------------------------------------------------
 
 MARGIN = 8  # px that are added to each side of a picture before stylising it, and cut off again
-STRIP = 2**18  # pixels that are convolved at a time
 
 
 @torch.no_grad()
@@ -358,9 +338,8 @@ def stylize(
     x = x.float()
     height, width = x.shape[-2:]
     margin = 0 if f_W.linear else MARGIN
-    rows = 2 * max(16, STRIP // width // 2)
     with autocast(x.device, common.pick_precision(precision, x.device, exact=f_W.linear)):
-        y_hat = f_W(pad(x, margin, "reflect"), rows)
+        y_hat = f_W(pad(x, margin, "reflect"))
     y_hat = y_hat[..., margin : margin + height, margin : margin + width]
     if preserve_color:
         y_hat = keep_color(y_hat, x)
@@ -372,19 +351,33 @@ def stylize(
 STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this: docs/johnson.md
 model_file = partial(common.model_file, known=STYLES)
 STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
+STRIP = 2**23  # values of maps that are convolved at a time
 
 
-def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int, strip: int) -> Tensor:
-    """Convolve padded maps x (B, C, H, W) some rows at a time; all at once if `strip` is 0.
+def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> Tensor:
+    """Convolve padded maps x (B, C, H, W) with a kernel of so many rows; large ones in strips.
 
     The result is the same. It takes less memory and time: torch's convolutions copy what they are
-    given. `strip` is an even number of places for a kernel that sees `kernel` rows.
+    given. With gradients, as in a training or an export to ONNX, there are no strips.
     """
-    places = x.shape[2] - kernel + 1
-    if strip == 0 or places <= strip:
+    if torch.is_grad_enabled():
         return convolve(x)
-    tops = range(0, places, strip)
-    return torch.cat([convolve(x[:, :, top : top + strip + kernel - 1]) for top in tops], dim=2)
+    _, channels, height, width = x.shape
+    places = height - kernel + 1
+    rows = 2 * max(16, STRIP // (channels * width) // 2)  # even, for a stride of 2
+    strips = []
+    for top in range(0, places, rows):
+        strips.append(convolve(x[:, :, top : top + rows + kernel - 1]))
+    return torch.cat(strips, dim=2)
+
+
+def first_network(args: Namespace) -> TransformNet:
+    """Make the network to train: a new one, or the model that --start-from names."""
+    if not args.start_from:
+        return TransformNet(args.norm, args.upsample, args.padding)
+    f_W = load_network(args.start_from[0])
+    common.go_on(args, f_W.architecture)
+    return f_W
 
 
 def beside(output: Path, end: str) -> Path:
@@ -410,11 +403,13 @@ def save_samples(f_W: TransformNet, x: Tensor, args: Namespace, record: dict) ->
         columns = {"x": x, "f_W(x)": f_W(x)}
     f_W.train()
     paths = [args.output]
-    if args.keep_every and record["step"] % args.keep_every == 0:
-        paths.append(beside(args.output, f"{record['step']:06d}.pth"))
+    step = record["step"]
+    if args.keep_every and step % args.keep_every == 0:
+        paths.append(beside(args.output, f"{step:06d}.pth"))
+    metadata = {"command": record["command"]}
     for path in paths:
         common.save_checkpoint(record | {"model": half}, path)
-        common.save_sheet(columns, beside(path, "samples.jpg"), {"command": record["command"]})
+        common.save_sheet(columns, beside(path, "samples.jpg"), metadata)
 
 
 def load_network(path: Path) -> TransformNet:
@@ -422,19 +417,14 @@ def load_network(path: Path) -> TransformNet:
     state = common.load_checkpoint(path)
     try:
         network = TransformNet(**state.get("architecture", {"output": "linear"}))
-        known = network.state_dict()
-        weights = {}
-        for name, weight in common.plain_weights(state).items():
-            if name in known or "running_" not in name:  # statistics that older torch has kept
-                weights[name] = weight
+        weights = common.plain_weights(state)
+        for name in weights.keys() - network.state_dict().keys():
+            if "running_" in name:  # statistics that older torch has kept
+                del weights[name]
         network.load_state_dict(weights)
     except (AttributeError, InputError, KeyError, RuntimeError, TypeError) as error:
         what = "no model of johnson.py nor of pytorch/examples' fast_neural_style"
         raise InputError(f"{path} is {what}") from error
-    if not common.all_finite(network.state_dict()):
-        raise InputError(
-            f"{path} has weights that are not finite: train again, with a smaller --lr"
-        )
     return network.eval()
 
 
@@ -458,38 +448,31 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser = common.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    usage = "%(prog)s input [input ...] [flags]"
-    sub = commands.add_parser("stylize", help="stylise pictures", usage=usage)
+    sub = commands.add_parser("stylize", help="stylise pictures")
     add = sub.add_argument_group("pictures").add_argument
     add("inputs", type=Path, nargs="+", metavar="input", help="picture, animation, or folder")
     add("-o", "--output", type=Path, help="picture, or folder (default: <input>_<model>.png)")
-    size = "longer side of the result in px (default: the input's)"
-    add("--image-size", type=number(int, 1, 65536), help=size)
+    add("--image-size", type=number(int, 1, 65536), help="longer side, px (default: the input's)")
     add = sub.add_argument_group("style").add_argument
     models = f"{', '.join(STYLES)}, or a file, also of pytorch/examples"
     add("--model", type=model_file, default="auvers", help=models)
-    add(
-        "--strength", type=number(most=1), default=1.0, help="0: the input, 1: the network's output"
-    )
+    add("--strength", type=number(most=1), default=1.0, help="0: the input, 1: the painted one")
     add("--preserve-color", choices=["luminance"], help="keep the photo's colours")
     common.add_device_arguments(sub)
 
-    usage = "%(prog)s --style PAINTING --data FOLDER [flags]"
-    sub = commands.add_parser("train", help="make a model", usage=usage)
+    sub = commands.add_parser("train", help="make a model")
     add = sub.add_argument_group("pictures").add_argument
     add("--style", type=Path, required=True, help="painting")
     add("--data", type=Path, required=True, help="folder of photos, in it or in folders in it")
     add("-o", "--output", type=Path, default=Path("model.pth"), help="model to write")
     add("--crop-size", type=number(int, 8, 65536), default=256, help="side of the crops in px")
-    side = "longer side of the painting in px"
-    add("--style-size", type=number(int, 16, 65536), default=512, help=side)
+    add("--style-size", type=number(int, 16, 65536), default=512, help="the painting's longer side")
     add = sub.add_argument_group("losses").add_argument
     add("--content-weight", type=number(), default=1.0, help="λ_c of Eq. 5")
     add("--style-weight", type=number(), default=5.0, help="λ_s of Eq. 5")
     add("--tv-weight", type=number(), default=4.0, help="λ_TV of Eq. 5")
     add("--content-layer", default="relu2_2", help="layer of the content loss")
-    layers = "layers of the style loss, of relu1_1 … relu5_3"
-    add("--style-layers", nargs="+", default=STYLE_LAYERS, metavar="LAYER", help=layers)
+    add("--style-layers", nargs="+", default=STYLE_LAYERS, help="of relu1_1 … relu5_3")
     vgg = "auto: vgg16, a download of 528 MB, or vgg19 if that fails"
     add("--vgg", choices=["auto", "vgg16", "vgg19"], default="auto", help=vgg)
     add("--vgg-weights", default="auto", help="file of VGG's weights, as torchvision saves them")
@@ -497,32 +480,24 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("--norm", choices=CHOICES["norm"], default="instance", help="paper: batch")
     add("--upsample", choices=CHOICES["upsample"], default="nearest", help="paper: transposed")
     add("--padding", choices=CHOICES["padding"], default="reflect", help="paper: start, 40 px")
-    start = "model to go on from: one that comes with this, or a file"
-    add("--start-from", nargs=1, type=model_file, metavar="MODEL", default=(), help=start)
+    add("--start-from", nargs=1, type=model_file, default=(), help="model to go on from")
     add = sub.add_argument_group("training").add_argument
     add("--iterations", type=number(int, 1), default=40000, help="steps of Adam")
-    decay = "steps after --iterations in which the learning rate falls to 0"
-    add("--decay-iterations", type=number(int), default=0, help=decay)
+    add("--decay-iterations", type=number(int), default=0, help="more, while --lr falls to 0")
     add("--lr", type=number(most=1e30), default=1e-3, help="learning rate")
     add("--batch-size", type=number(int, 1), default=4, help="photos per step")
     common.add_training_arguments(sub)
 
-    args = common.parse_args(parser, argv, outputs_of)
-    if args.command == "train" and args.output.suffix.lower() not in (".pth", ".pt"):
-        raise InputError(f"cannot write {args.output}: its suffix must be .pth or .pt")
-    return args
+    return common.parse_args(parser, argv, outputs_of)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 on a failure that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    command = ["python", "johnson.py", *argv]
     with common.one_line_errors():
         args = parse_args(argv)
-        if args.command == "train":
-            train(args, command)
-        else:
-            stylize_files(args, command)
+        work = train if args.command == "train" else stylize_files
+        work(args, ["python", "johnson.py", *argv])
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
     different = {key for key in last["G"] if not torch.equal(last["G"][key], final["G"][key])}
     assert {key.split(".")[1] for key in different} == {"18"}  # the last convolution
     for direction in ("x2y", "y2x"):
-        network, facts = cyclegan.load_generator(Path("a/m.pth"), direction)
+        network, load_size = cyclegan.load_generator(Path("a/m.pth"), direction)
         assert network.architecture == {"blocks": 1, "width": 4, "upsample": "nearest"}
-        assert facts.load_size == 36
+        assert load_size == 36
 
 
 def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
