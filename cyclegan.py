@@ -28,6 +28,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -474,7 +475,11 @@ def load_generator(path: Path, direction: str = "x2y") -> tuple[Generator, int |
     Returns it with the shorter side of the pictures of its training, in px, or None if the file is
     the authors', which does not say. InputError if it is neither, or damaged.
     """
-    state = common.load_checkpoint(path)
+    return generator_in(common.load_checkpoint(path), path, direction)
+
+
+def generator_in(state: dict[str, Any], path: Path, direction: str) -> tuple[Generator, int | None]:
+    """Do what `load_generator` does, with what was read from its file."""
     authors = "G" not in state  # but plain weights
     name = "G" if direction == "x2y" else "F"
     try:
@@ -512,10 +517,10 @@ def first_networks(args: Namespace) -> tuple[Generator, Generator, nn.Module, nn
     saved: dict[str, dict] = {}
     if args.start_from:
         [path] = args.start_from
-        G, _ = load_generator(path)
-        F, _ = load_generator(path, "y2x")
-        common.go_on(args, G.architecture)
         saved = common.load_checkpoint(path)
+        G, _ = generator_in(saved, path, "x2y")
+        F, _ = generator_in(saved, path, "y2x")
+        common.go_on(args, G.architecture)
     else:
         G = Generator(args.blocks, args.width, args.upsample)
         F = Generator(args.blocks, args.width, args.upsample)
