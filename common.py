@@ -370,6 +370,8 @@ def load_frames(
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         failure = f"cannot read {path} as an image ({type(error).__name__})"
         advice = ADVICE.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
+        if Path(path).is_dir():
+            advice = "it is a folder"
         raise InputError(f"{failure}: {advice}") from error
 
 

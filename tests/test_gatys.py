@@ -1063,7 +1063,7 @@ def test_an_animation_among_photos_becomes_a_still_picture():
     for name in ("in/b.gif", "in/C.GIF"):
         frames[0].save(name, "GIF", save_all=True, append_images=frames[1:])
     run("gatys.py in style.png")
-    assert files("in_style") == ["C.png", "a.png", "b.png"]
+    assert files("in_style") == ["C.GIF.png", "a.png", "b.gif.png"]
 
 
 def test_sizes_of_what_is_read():
