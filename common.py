@@ -524,8 +524,8 @@ def save_sheet(columns: dict[str, Tensor], path: Path, metadata: dict[str, objec
 def find_images(folder: Path, but: Path | None = None) -> list[Path]:
     """List what Pillow can read in `folder` and folders in it, in order.
 
-    Nothing that is hidden, nor in the folder `but`. Links are followed, but no folder is searched
-    twice: they may lead back.
+    What is hidden is passed over, and so is the folder `but`. Links are followed, but no folder is
+    searched twice: they may lead back.
     """
     set_up_pillow()
     kinds = Image.registered_extensions()
@@ -878,7 +878,7 @@ def lr_factor(step: float, constant: int, decay: int) -> float:
     return 1.0 - max(0, step - constant) / max(1, decay)
 
 
-@dataclass(repr=False)  # signal asks for the repr of a handler's owner: of all tensors
+@dataclass(repr=False)  # signal takes the repr of a handler's owner, which would have all tensors
 class Training:
     """Show how far a training is, save, stop and resume it.
 
@@ -1091,6 +1091,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Add a flag's default, if there is one."""
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
         no_default = action.default in (None, ()) or action.nargs == 0
         return action.help if no_default else super()._get_help_string(action)
 
@@ -1131,7 +1133,7 @@ def number(
 
 
 def model_file(name: str, known: Sequence[str]) -> Path:
-    """Return the file of a model: one of the `known` that come with this, or any other."""
+    """Return the file of a model: one of the `known` in models/, or any other."""
     if name in known:
         return Path(__file__).parent / "models" / f"{name}.pth"
     path = Path(name)
@@ -1158,7 +1160,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help=every)
     keep = "keep the model of every so many epochs, or iterations, beside the last one"
     add("--keep-every", type=number(int, 1), metavar="N", help=keep)
-    resume = "go on from the output's checkpoint, if any; flags given replace its own"
+    resume = "go on from the output's checkpoint, if any, with its flags where none are given"
     add("--resume", action="store_true", help=resume)
     add("--workers", type=number(int), default=2, metavar="N", help="processes that load pictures")
     add_device_arguments(parser)

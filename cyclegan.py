@@ -8,7 +8,7 @@ Nobody has photos of the same horse as a zebra. So a generator is trained to mak
 discriminator cannot tell from zebras. What ties a zebra to its horse is the way back, which a
 second generator learns.
 
-    python cyclegan.py translate horse.jpg          # by a model that comes with this
+    python cyclegan.py translate horse.jpg          # with a model that is in models/
     python cyclegan.py train horse2zebra -o run/    # downloads the paper's pictures
     python cyclegan.py translate photo.jpg --model run/checkpoint.pth
 
@@ -375,7 +375,7 @@ DATASETS = ["horse2zebra", "apple2orange", "summer2winter_yosemite", "monet2phot
 DATASETS += ["cezanne2photo", "ukiyoe2photo", "vangogh2photo", "facades", "ae_photos"]
 DATASETS += ["iphone2dslr_flower"]
 
-# The model that comes with this: made by models/horse2zebra.py
+# The model in models/, whose README says how it was made.
 model_file = partial(common.model_file, known=["horse2zebra"])
 
 
@@ -582,10 +582,10 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add = sub.add_argument_group("losses").add_argument
     add("--lambda-cycle", type=number(), default=10.0, help="λ of Eq. 3")
     add("--lambda-identity", type=number(), default=0.5, help="identity loss, relative to λ")
-    add("--pool-size", type=number(int), default=50, help="made pictures kept to be shown again")
+    add("--pool-size", type=number(int), default=50, help="results of G and F kept for D_Y, D_X")
     add = sub.add_argument_group("networks").add_argument
-    add("--width", type=number(int, 1, 4096), default=64, help="channels of their first layer")
-    add("--blocks", type=number(int, 1, 1000), help="(default: 9; 6 for crops up to 128 px)")
+    add("--width", type=number(int, 1, 4096), default=64, help="channels of the first layers")
+    add("--blocks", type=number(int, 1, 1000), help="residual blocks (default: 9; 6 up to 128 px)")
     kinds = ["nearest", "transposed"]
     add("--upsample", choices=kinds, default="nearest", help="paper: transposed")
     add("--ema", type=number(most=1), default=0.999, help="decay of the averages of G and F")
@@ -597,7 +597,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("--max-steps", type=number(int, 1), help="stop after so many, for a trial")
     add("--lr", type=number(most=1e30), default=2e-4, help="learning rate of Adam")
     add("--beta1", type=number(most=0.999), default=0.5, help="Adam's share of old gradients")
-    add("--batch-size", type=number(int, 1), default=1, help="pictures of each domain a step")
+    add("--batch-size", type=number(int, 1), default=1, help="pictures of each domain in a step")
     common.add_training_arguments(sub)
 
     sub = commands.add_parser("translate", help="translate pictures")

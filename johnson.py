@@ -348,7 +348,7 @@ def stylize(
 
 # === Nothing below is in the paper: large pictures, files, the command line. ===
 
-STYLES = ("auvers", "cafe", "kandinsky", "wave")  # models that come with this: docs/johnson.md
+STYLES = ("auvers", "cafe", "kandinsky", "wave")  # in models/: see docs/johnson.md
 model_file = partial(common.model_file, known=STYLES)
 STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 STRIP = 2**23  # values of maps that are convolved at a time
