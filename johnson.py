@@ -364,7 +364,8 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
         return convolve(x)
     _, channels, height, width = x.shape
     places = height - kernel + 1
-    rows = 2 * max(16, STRIP // (channels * width) // 2)  # even, for a stride of 2
+    values = channels * width  # of a row
+    rows = 2 * max(16, STRIP // values // 2)  # even, for a stride of 2
     strips = []
     for top in range(0, places, rows):
         strips.append(convolve(x[:, :, top : top + rows + kernel - 1]))

@@ -149,6 +149,9 @@ def test_test_folders_are_used_for_the_samples(folders):
         load_image(path, 32, center_crop=True) for path in common.find_images(Path("set/testA"))
     ]
     assert torch.equal(x_samples, torch.cat(tests))
+    save_noise(*(f"many/{i}.png" for i in range(10)))
+    (many, samples), _ = cyclegan.domains(["many", "y"], 32)
+    assert (len(many), len(samples)) == (6, 4)  # held out, as there are more than 8
 
 
 def test_a_set_is_downloaded_once_and_whole(monkeypatch):
