@@ -370,7 +370,7 @@ def load_frames(
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         failure = f"cannot read {path} as an image ({type(error).__name__})"
         advice = ADVICE.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
-        if Path(path).is_dir():
+        if isinstance(error, IsADirectoryError):
             advice = "it is a folder"
         raise InputError(f"{failure}: {advice}") from error
 
