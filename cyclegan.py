@@ -230,6 +230,8 @@ class ImagePool:
 
     def query(self, made: Tensor) -> Tensor:
         """Take in pictures (B, 3, H, W); return as many, to be shown to the discriminator."""
+        size = made.shape[1:]
+        self.images = [image for image in self.images if image.shape == size]  # --crop-size changed
         shown = []
         for image in made.detach().unbind():
             if len(self.images) < self.size:  # not yet full: keep the picture, and show it
@@ -248,7 +250,7 @@ class ImagePool:
         return {"images": self.images, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.images = list(state["images"])
+        self.images = [image.float() for image in state["images"]]
         self.generator.set_state(state["generator"])
 
 
@@ -445,7 +447,8 @@ def check_files(args: Namespace) -> None:
     inputs += [Path("data", name) for name in args.data]  # sets are downloaded to data/
     if not args.resume:
         inputs += args.start_from
-    common.check_outputs(outputs_of(args), inputs)
+    checkpoint, *exported = outputs_of(args)
+    common.check_outputs([*exported, checkpoint], inputs, [".pth"])
 
 
 @torch.no_grad()
@@ -614,6 +617,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     if args.command == "train":
         args.load_size = args.load_size or round(args.crop_size * 286 / 256)
         args.blocks = args.blocks or (6 if args.crop_size <= 128 else 9)
+        if args.epochs + args.decay_epochs == 0:
+            raise InputError("nothing to do: --epochs and --decay-epochs are 0")
         if args.load_size < args.crop_size or args.crop_size % 4:
             raise InputError("--crop-size must be a multiple of 4, and at most --load-size")
     return args

@@ -822,7 +822,7 @@ def check(args: Namespace, many: bool) -> None:
     demand(whole, f"--tile-size {args.tile_size}: choose a multiple of 16")
 
 
-FOR_FILES = ("output", "image_size", "style_scale", "device", "save_gif", "save_all", "save_losses")
+FOR_FILES = {"output", "image_size", "style_scale", "device", "save_gif", "save_all", "save_losses"}
 
 
 def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) -> Namespace:
@@ -834,10 +834,12 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
     if torch.is_inference_mode_enabled():
         raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
     argv = ["content", *("style" for _ in styles)]
+    known = vars(parse_args(["content", "style"])).keys() - FOR_FILES - {"alpha", "style_alphas"}
     tensors = {}
     for name, value in options.items():
-        if name in FOR_FILES:
-            raise InputError(f"{name} is for files: options are the other flags of gatys.py")
+        if name not in known:
+            advice = "options are the flags of gatys.py, but those about files"
+            raise InputError(f"unknown option {name}: {advice}")
         if value is None:
             continue
         if name == "init" and not isinstance(value, Tensor) and value not in STARTS:

@@ -278,8 +278,8 @@ def step(
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train f_W (§4.1: Adam, learning rate 1e-3, batches of 4, 40 000 iterations)."""
-    outputs = outputs_of(args)
-    common.check_outputs(outputs, [args.style, args.data])
+    checkpoint, *others = outputs_of(args)
+    common.check_outputs([*others, checkpoint], [args.style, args.data], [".pth"])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     held_out, files = common.hold_out(common.find_images(args.data), args.crop_size)
@@ -300,7 +300,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     parts = {"model": f_W, "optimizer": optimizer}
     steps = args.iterations + args.decay_iterations
-    run = common.Training(args, device, precision, outputs[0], steps, parts, sample, record)
+    run = common.Training(args, device, precision, checkpoint, steps, parts, sample, record)
     # Photos are cropped at random. The paper resizes them to 256×256.
     crops = common.Crops([files], args.crop_size, args.crop_size, args.seed)
     for [x] in run.batches(crops):

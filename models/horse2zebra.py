@@ -220,6 +220,9 @@ def match_colors(network: Generator, sources: list[Tensor], targets: list[Tensor
 def hold_out(folder: Path) -> tuple[list[Path], list[Path]]:
     """Split a training set: the pictures to train on, and those that are held out."""
     files = common.find_images(folder)
+    if len(files) <= HELD_OUT:
+        advice = f"it takes more than the {HELD_OUT} that are held out"
+        raise common.InputError(f"only {len(files)} pictures in {folder}: {advice}")
     apart = files[:: len(files) // HELD_OUT][:HELD_OUT]
     return [path for path in files if path not in apart], apart
 

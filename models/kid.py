@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out", action="store_true", help=held_out)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot them over their steps")
     args = parser.parse_args(argv)
+    if args.plot:
+        common.check_outputs([args.plot])
     if args.held_out:
         files = [hold_out(args.data / part)[1] for part in ("trainA", "trainB")]
     else:

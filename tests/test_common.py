@@ -269,7 +269,7 @@ def transform(inputs, output, function=lambda image: image, size=None):
     common.transform_files(args, "t", function, {})
 
 
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".apng"])
 def test_an_animation_stays_one(suffix):
     colors, times, path = [RED, LIME, BLUE], [200, 100, 400], Path(f"a{suffix}")
     frames = [Image.new("RGB", (40, 20), color) for color in colors]
@@ -679,6 +679,7 @@ def test_pictures_from_python_may_be_of_any_float(dtype):
     try:
         save_noise("a.png")
         assert load_image("a.png").dtype == torch.float32
+        assert VGG(["relu1_1"], "vgg19")(load_image("a.png"))["relu1_1"].dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -854,6 +855,8 @@ def test_a_precision_is_chosen_by_what_the_processor_has(monkeypatch):
         assert common.pick_precision("float32", cpu) == torch.float32
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert common.pick_precision("auto", cpu) == torch.float32
+    with pytest.raises(InputError, match=r"unknown precision float16: choose auto, float32"):
+        common.pick_precision("float16", cpu)
 
 
 # --- Training -----------------------------------------------------------------------------
@@ -1096,9 +1099,12 @@ def test_flags_that_are_not_given_again_are_those_of_the_checkpoint():
     args = vars(SCRIPTS["johnson.py"].parse_args(words))
     assert {name: args[name] for name in stored} == stored | {"seed": 4}
     assert args["start_from"] == [Path("a.checkpoint.pth")]
-    common.save_checkpoint({"args": {"no_flip": True, "width": 8}}, Path("run/checkpoint.pth"))
+    common.save_checkpoint(
+        {"args": {"no_flip": True, "width": 8, "max_steps": 3}}, Path("run/checkpoint.pth")
+    )
     args = SCRIPTS["cyclegan.py"].parse_args(["train", "x", "y", "-o", "run", "--resume"])
     assert args.no_flip and args.width == 8 and args.data == ["x", "y"]
+    assert args.max_steps is None  # a limit for a trial is that of its run alone
 
 
 def test_a_resumed_training_says_that_it_starts_from_no_other_model(training, capsys):
@@ -1265,7 +1271,7 @@ def test_pictures_that_cannot_be_used_are_passed_over(capsys):
     squares, rest = common.hold_out(files, 6)
     assert [round(square[0].mean().item() * 32) for square in squares] == [0, 2, 3, 4]
     assert rest == [files[1], *files[5:]]
-    assert common.hold_out(files[:8], 6)[1] == files[:8]  # of so few all are trained on
+    assert common.hold_out(files[:9], 6)[1] == files[:9]  # of 8 that can be read all are trained on
     with pytest.raises(InputError, match="can be read"):
         common.hold_out(files[1:2], 6)
 

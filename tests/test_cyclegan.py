@@ -267,6 +267,23 @@ def test_a_training_that_started_from_a_model_is_resumed_without_it(fails):
     assert "checkpoint.pth" in fails("cyclegan.py train x y -o d --export d/checkpoint.pth")
 
 
+def test_a_resumed_training_may_have_smaller_crops(folders):
+    """Pictures of another size leave the pools."""
+    command = "cyclegan.py train x y -o a --epochs 1 --decay-epochs 1"
+    run(f"{command} --crop-size 36 --load-size 40 --max-steps 3")
+    assert {image.shape[1:] for image in state("a")["pool_X"]["images"]} == {(36, 36)}
+    run(f"{command} --crop-size 32 --max-steps 99 --resume")
+    assert state("a")["step"] == 10
+    sides = {image.shape[1:] for name in "XY" for image in state("a")[f"pool_{name}"]["images"]}
+    assert sides == {(32, 32)}
+
+
+def test_a_training_with_nothing_to_do_or_an_odd_suffix_does_not_begin(folders, fails):
+    assert "--decay-epochs are 0" in fails("cyclegan.py train x y --epochs 0 --decay-epochs 0")
+    assert "one of .pth" in fails("cyclegan.py train x y --export model.png")
+    assert "one of .pth" in fails("johnson.py train --style x --data y -o model.jpg")
+
+
 def test_averaged_weights():
     """w_ema ← d w_ema + (1 − d) w after each step, d = min(ema, (1 + n)/(10 + n))."""
     save_noise("x/1.png", "x/2.png", "y/1.png", "y/2.png")

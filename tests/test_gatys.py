@@ -813,6 +813,7 @@ def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     image, *pair = pictures
     bad = {"content_weight": -1, "style_blend": [1.0, 2.0], "style_layer_weights": [1.0]}
     bad |= {"alpha": 3, "save_gif": True, "device": "cpu", "tile_size": 24, "style_alphas": [None]}
+    bad |= {"no_such_flag": 1, "style_wei": 2}
     cases = [({name: value}, name) for name, value in bad.items()]
     cases += [({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]
     cases += [({"style_masks": [2 * LEFT]}, "(1, 1, H, W)"), ({"style_blend": [0.0]}, "not 0")]

@@ -31,6 +31,12 @@ def tiny(monkeypatch):
     save_noise(*horses, *zebras)
 
 
+def test_there_must_be_more_pictures_than_are_held_out(tiny):
+    save_noise("few/1.png", "few/2.png", "few/3.png")
+    with pytest.raises(common.InputError, match="only 3 pictures in few: it takes more than the 3"):
+        program.hold_out(Path("few"))
+
+
 def trainer(seed=0):
     real = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     return program.Trainer(*real, torch.float32)
