@@ -365,9 +365,11 @@ def load_frames(
                 scaled = [_scale(layer, size, center_crop, shorter) for layer in layers]
                 frame = torch.cat([to_tensor(layer) for layer in scaled])  # (3 or 4, H, W)
                 yield frame.float().unsqueeze(0), image.info.get("duration", 100)
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        if out_of_memory(error):
+            raise
         failure = f"cannot read {path} as an image ({type(error).__name__})"
         advice = ADVICE.get(Path(path).suffix.lower(), "is it there, an image, and whole?")
         if isinstance(error, IsADirectoryError):
@@ -444,6 +446,8 @@ def _scale(
         return image
     factor = size / max(image.size) if size else shorter / min(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)
+    if width * height * 32 > memory_of(torch.device("cpu")):
+        raise InputError(f"out of memory at {width}×{height} px: choose a smaller size")
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 

@@ -351,7 +351,7 @@ def stylize(
 STYLES = ("auvers", "cafe", "kandinsky", "wave")  # in models/: see docs/johnson.md
 model_file = partial(common.model_file, known=STYLES)
 STYLE_LAYERS = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
-STRIP = 2**23  # values of maps that are convolved at a time
+STRIP = 2**20  # values of maps that are convolved at a time
 
 
 def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> Tensor:

@@ -151,6 +151,11 @@ def test_a_picture_that_does_not_fit_into_the_memory_is_not_decoded(monkeypatch,
         load_image("a.png", size)
     memory["SC_PAGE_SIZE"] *= 1.2
     assert load_image("a.png", size).shape[-1] == (size or 1000)
+    with pytest.raises(InputError, match="out of memory at 65536×65536 px: choose a smaller size"):
+        load_image("a.png", 65536)
+    monkeypatch.setattr(common, "_decode", lambda image: torch.empty(10**15))
+    with pytest.raises(RuntimeError, match="allocate memory"):  # which is told as such
+        load_image("a.png", size)
 
 
 def test_a_scan_may_be_large_if_its_file_is():
@@ -1201,8 +1206,7 @@ def test_no_training_writes_over_a_model(training, fails):
 
 
 def test_what_goes_wrong_in_a_process_that_loads_pictures_is_one_line(training, fails):
-    for path in sorted(Path("x").iterdir())[4:]:  # the first four are the samples
-        path.write_text("no picture")
+    save_noise(*Path("x").iterdir(), size=(99, 9))  # too thin to be trained on, but no samples
     told = fails(training.format("a"), 2, "--workers", 1)
     assert told.startswith("error: none of the images in")
 
