@@ -50,7 +50,9 @@ CROP, LOAD_SIZE = 128, 192  # px; translate scales pictures to the second
 WIDTH, BLOCKS = 32, 6  # a sixth of the paper's weights
 LAYERS_Y = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 LAYERS_X = [*LAYERS_Y, "relu5_2"]  # a deeper layer finds the wide stripes of zebras that are close
-HELD_OUT, STORED, SHOWN = 100, 100, 8  # pictures: not trained on; kept for E; shown to E in a step
+HELD_OUT = 100  # pictures of each set that are not trained on
+STORED = 100  # pictures that a Store keeps
+SHOWN = 8  # pictures of a Store that E is shown in a step
 SAVE_EVERY, KEEP_EVERY = 100, 1000  # steps
 
 
@@ -83,7 +85,8 @@ class FeatureDiscriminator(nn.Module):
     def see(self, x: Tensor) -> list[Tensor]:
         """Map pictures (B, 3, H, W) in [0, 1] to what is judged: (B, 64, h, w) of each layer."""
         maps = self.vgg[0](x, self.layers).values()
-        return [nnf.conv2d(f, mix.to(f)) for f, mix in zip(maps, self.buffers(), strict=True)]
+        mixes = self.buffers()  # mix_0, mix_1, …
+        return [nnf.conv2d(f, mix.to(f)) for f, mix in zip(maps, mixes, strict=True)]
 
     def judge(self, seen: list[Tensor]) -> Tensor:
         """Return verdicts (B, layers, H/4, W/4), near 1 for real pictures, near 0 for made ones."""
@@ -112,7 +115,7 @@ class Store:
         self.seen = [*self.seen, self.E.see(picture)][-STORED:]
 
     def draw(self, random: torch.Generator) -> list[Tensor]:
-        """Return the newest one and seven others, (8, 64, h, w) of each layer."""
+        """Return the newest one and seven drawn at random, (8, 64, h, w) of each layer."""
         chosen = torch.randint(len(self.seen), (SHOWN - 1,), generator=random).tolist()
         shown = [self.seen[k] for k in (-1, *chosen)]
         return [torch.cat(layer) for layer in zip(*shown, strict=True)]
@@ -122,7 +125,7 @@ class Store:
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         for picture in state["pictures"]:
-            self.add(picture)
+            self.add(picture.to(self.E.mix_0.device))
 
 
 class Trainer:
@@ -133,7 +136,8 @@ class Trainer:
         device = real_X.device
         self.precision = precision
         vgg = common.VGG(LAYERS_X, "vgg19", precision=precision).to(device)
-        vgg.to(memory_format=torch.channels_last)
+        if device.type != "mps":  # its gradients would be wrong: see common.rescale
+            vgg.to(memory_format=torch.channels_last)
         self.G = Generator(BLOCKS, WIDTH, "nearest").to(device)
         self.F = Generator(BLOCKS, WIDTH, "nearest").to(device)
         self.E_X = FeatureDiscriminator(vgg, LAYERS_X, real_X).to(device)
@@ -211,13 +215,13 @@ def match_colors(network: Generator, sources: list[Tensor], targets: list[Tensor
         mean_made, C_made = moments(made, [None for _ in made], [1 / len(made) for _ in made])
         A = monge_map(C_made, C)
         b = mean - A @ mean_made  # in 0 … 1; the network's range is -1 … 1
-        weight = last.weight.detach().double().cpu()
-        bias = A @ last.bias.detach().double().cpu() + 2 * b[:, 0] + A.sum(1) - 1
+        weight = last.weight.detach().cpu().double()
+        bias = A @ last.bias.detach().cpu().double() + 2 * b[:, 0] + A.sum(1) - 1
         last.weight.data = torch.einsum("dc,cijk->dijk", A, weight).to(last.weight)
         last.bias.data = bias.to(last.bias)
 
 
-def hold_out(folder: Path) -> tuple[list[Path], list[Path]]:
+def split(folder: Path) -> tuple[list[Path], list[Path]]:
     """Split a training set: the pictures to train on, and those that are held out."""
     files = common.find_images(folder)
     if len(files) <= HELD_OUT:
@@ -247,8 +251,8 @@ def train(args: argparse.Namespace) -> None:
     """Train from nothing, or from the checkpoint, to the end; write the model."""
     device = common.pick_device()
     precision = common.pick_precision("auto", device)
-    X, apart_X = hold_out(args.data / "trainA")
-    Y, apart_Y = hold_out(args.data / "trainB")
+    X, apart_X = split(args.data / "trainA")
+    Y, apart_Y = split(args.data / "trainB")
     real_X = torch.cat([x[..., :CROP, :CROP] for x in load(apart_X[:8], device)])
     real_Y = torch.cat([y[..., :CROP, :CROP] for y in load(apart_Y[:8], device)])
     trainer = Trainer(real_X, real_Y, precision)
@@ -261,6 +265,9 @@ def train(args: argparse.Namespace) -> None:
 
     parts = {name: part for name, part in vars(trainer).items() if hasattr(part, "state_dict")}
     checkpoint = Path(f"{stem}_checkpoint.pth")
+    if checkpoint.exists() and not args.resume:
+        advice = "go on from it with --resume, or choose another --output"
+        raise common.InputError(f"{checkpoint} exists: {advice}")
     steps = len(SCHEDULE)
     run = common.Training(args, device, precision, checkpoint, steps, parts, sample, record={})
     for x, y in run.batches(Pictures([X, Y])):

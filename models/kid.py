@@ -10,6 +10,7 @@ of VGG-19's maps and in a unit of its own: it cannot be compared with published 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -21,26 +22,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 from cyclegan import load_generator, translate
-from models.horse2zebra import hold_out, load
+from models.horse2zebra import load, split
 
 SHIPPED = Path(__file__).with_name("horse2zebra.pth")
+
+
+@functools.cache
+def network() -> common.VGG:
+    return common.VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg")
 
 
 @torch.no_grad()
 def features(pictures: list[Tensor]) -> Tensor:
     """Return the mean and the spread over the positions of each map of VGG, at 128 px: (n, d)."""
-    vgg = common.VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg")
     rows = []
     for picture in pictures:
         small = common.to_pil(picture).resize((128, 128), 1)  # 1: Lanczos
-        maps = [f.flatten(2)[0] for f in vgg(to_tensor(small).unsqueeze(0)).values()]  # (C, h*w)
-        rows.append(torch.cat([torch.cat([f.mean(1), f.std(1)]) for f in maps]))
+        row = []
+        for maps in network()(to_tensor(small).unsqueeze(0)).values():
+            f = maps[0].flatten(1)  # (C, h*w)
+            row += [f.mean(1), f.std(1)]
+        rows.append(torch.cat(row))
     return torch.stack(rows).double()
 
 
 def kid(made: Tensor, real: Tensor) -> float:
-    """Estimate the distance of features (n, d) and (m, d), in units of the spread of `real`."""
-    made, real = (f / (3 * real.std(0).mean()) for f in (made, real))
+    """Estimate the distance of features (n, d) and (m, d).
+
+    Their unit is three times the spread of `real`.
+    """
+    unit = 3 * real.std(0).mean()
+    made = made / unit
+    real = real / unit
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -52,14 +65,11 @@ def kid(made: Tensor, real: Tensor) -> float:
     return float(within(made) + within(real) - 2 * kernel(made, real).mean())
 
 
-def measure(model: Path, horses: list[Tensor], zebras: list[Tensor]) -> list[float]:
-    """Return the KID of the zebras and of the horses that a model makes."""
-    found = []
-    for direction, sources, targets in (("x2y", horses, zebras), ("y2x", zebras, horses)):
-        network, _ = load_generator(model, direction)
-        made = [translate(network, source) for source in sources]
-        found.append(kid(features(made), features(targets)))
-    return found
+def measure(model: Path, direction: str, sources: list[Tensor], real: Tensor) -> float:
+    """Return the KID of what a model makes of `sources`; `real` are features (m, d)."""
+    generator, _ = load_generator(model, direction)
+    made = [translate(generator, source) for source in sources]
+    return kid(features(made), real)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,18 +82,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot them over their steps")
     args = parser.parse_args(argv)
     if args.plot:
-        common.check_outputs([args.plot])
+        common.check_outputs([args.plot], args.models, [".png", ".pdf", ".svg"])
     if args.held_out:
-        files = [hold_out(args.data / part)[1] for part in ("trainA", "trainB")]
+        files = [split(args.data / part)[1] for part in ("trainA", "trainB")]
     else:
         files = [common.find_images(args.data / part) for part in ("testA", "testB")]
     horses, zebras = (load(part, torch.device("cpu")) for part in files)
-    before = [kid(features(a), features(b)) for a, b in ((horses, zebras), (zebras, horses))]
-    print("untranslated: to zebras {:.2f}, to horses {:.2f}".format(*before))
+    real_X = features(horses)
+    real_Y = features(zebras)
+    to_Y = kid(real_X, real_Y)
+    to_X = kid(real_Y, real_X)
+    print(f"untranslated: to zebras {to_Y:.2f}, to horses {to_X:.2f}")
     rows = []
     for model in args.models:
-        rows.append(measure(model, horses, zebras))
-        print("{}: zebras {:.2f}, horses {:.2f}".format(model.name, *rows[-1]), flush=True)
+        to_Y = measure(model, "x2y", horses, real_Y)
+        to_X = measure(model, "y2x", zebras, real_X)
+        rows.append((to_Y, to_X))
+        print(f"{model.name}: zebras {to_Y:.2f}, horses {to_X:.2f}", flush=True)
     if args.plot:
         from matplotlib import pyplot
 

@@ -31,10 +31,19 @@ def tiny(monkeypatch):
     save_noise(*horses, *zebras)
 
 
+def test_it_overwrites_no_other_training_and_measures_into_no_model(tiny):
+    program.main(["data", "-o", "m.pth"])
+    with pytest.raises(common.InputError, match=r"m_checkpoint\.pth exists: go on .* --resume"):
+        program.main(["data", "-o", "m.pth"])
+    for plot in ("kid.txt", "m.pth"):
+        with pytest.raises(common.InputError, match=r"suffix must be one of \.png"):
+            measuring.main(["data", "m.pth", "--plot", plot])
+
+
 def test_there_must_be_more_pictures_than_are_held_out(tiny):
     save_noise("few/1.png", "few/2.png", "few/3.png")
     with pytest.raises(common.InputError, match="only 3 pictures in few: it takes more than the 3"):
-        program.hold_out(Path("few"))
+        program.split(Path("few"))
 
 
 def trainer(seed=0):
@@ -95,7 +104,7 @@ def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
     equal(matched, [(horses, zebras), (zebras, horses)])  # of G, of F
     for part, used in zip(("trainA", "trainB"), trained, strict=True):
         every = common.find_images(Path("data", part))
-        kept, apart = program.hold_out(Path("data", part))
+        kept, apart = program.split(Path("data", part))
         assert used == kept and len(apart) == 3
         assert sorted([*kept, *apart]) == every
         assert apart == every[::4][:3]
@@ -272,7 +281,7 @@ def test_a_model_is_measured_by_what_it_makes_of_each_kind(tiny, monkeypatch, ca
         horses, zebras = (
             common.find_images(Path("data", f"{parts}{part}"))
             if parts == "test"
-            else program.hold_out(Path("data", f"train{part}"))[1]
+            else program.split(Path("data", f"train{part}"))[1]
             for part in "AB"
         )
         x, y = ([common.load_image(p, shorter=36) for p in part] for part in (horses, zebras))
