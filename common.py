@@ -137,7 +137,7 @@ class VGG(nn.Module):
         least = 2**poolings
         height, width = x.shape[-2:]
         if min(height, width) < least:
-            advice = f"choose {least} px a side or more, or fewer --scales"
+            advice = f"choose {least} px a side or more"
             raise InputError(f"{width}×{height} px is too small: {advice}")
         return (x - self.get_buffer("mean")) / self.get_buffer("std")
 
@@ -220,7 +220,8 @@ def keep_color(image: Tensor, photo: Tensor) -> Tensor:
 
 def total_variation(x: Tensor) -> Tensor:
     """Average the squared differences of neighbouring pixels of x (B, 3, H, W)."""
-    # Johnson et al. have their sum. The weight of a mean means the same at every size.
+    # The authors' code of Johnson et al. has the sum. The weight of a mean means the same at every
+    # size.
     down = x[..., 1:, :] - x[..., :-1, :]
     right = x[..., 1:] - x[..., :-1]
     return down.square().mean() + right.square().mean()
@@ -318,12 +319,14 @@ def check_images(
     for x, channels in expected:
         fits = isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
         fits = fits and x.ndim == 4 and x.shape[:2] == (batch, channels) and x.numel() > 0
+        found = f"{getattr(x, 'dtype', type(x))} {[*getattr(x, 'shape', [])]}"
         if fits:
-            low, high = x.detach().float().aminmax()
+            low, high = torch.stack(x.detach().float().aminmax()).tolist()
             fits = -0.01 < low <= high < 1.01  # not, if one is NaN
+            found = f"{found}, from {low:.3g} to {high:.3g}"
         if not fits:
             wanted = f"a float tensor ({batch}, {channels}, H, W) with values from 0 to 1"
-            raise InputError(f"not {wanted}: {getattr(x, 'shape', type(x))}")
+            raise InputError(f"not {wanted}: {found}")
 
 
 def load_image(
@@ -466,7 +469,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_image(image: Tensor, path: str | Path, metadata: dict[str, object] | None = None) -> None:
-    """Write (1, 3, H, W), or 4 channels with α, clamped to [0, 1], in the format of the suffix.
+    """Write (1, C, H, W) or (C, H, W), as `to_pil` takes it, in the format of the suffix.
 
     `metadata` become EXIF data: one text of `key: value`, in ASCII with escapes.
     """
@@ -564,7 +567,7 @@ def write_file(data: bytes | memoryview | None, path: Path) -> None:
     Without data, only try whether that works. InputError if not.
     """
     path = path.resolve()  # of a link, the file that it leads to
-    temporary = path.with_name(path.name[-50:] + ".part")  # names may be as long as is allowed
+    temporary = path.with_name(f".{path.name[-50:]}.part")  # names may be as long as is allowed
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data or b"")
@@ -599,7 +602,7 @@ def check_outputs(
             what = "an input or another result"
             raise InputError(f"{path} would write over {what}: choose another output")
         write_file(None, path)
-        if path.is_dir() and not path.name.endswith("_frames"):
+        if path.is_dir() and not path.name.endswith("_frames"):  # which gatys.py --save-all writes
             raise InputError(f"cannot write {path}: it is a folder")
         taken.add(real)
         around.update(real.parents)
@@ -672,7 +675,8 @@ def for_each(pairs: Sequence[tuple[Path, Path]], work: Callable, **bar: Any) -> 
         except Exception as error:
             if len(pairs) == 1:
                 raise
-            tqdm.write(f"warning: {source}: {error}", file=sys.stderr)
+            reason = "out of memory: choose a smaller size" if out_of_memory(error) else error
+            tqdm.write(f"warning: {source}: {reason}", file=sys.stderr)
             failed += 1
         else:
             print(target)
@@ -753,8 +757,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     InputError if it is no such file, or damaged by a single bit.
     """
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():
+                    raise ValueError("a checksum is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
     except Exception as error:  # an unpickler fed with a foreign file can raise anything
         reason = f"cannot read {path} ({type(error).__name__})"
@@ -796,15 +802,16 @@ NO_LOSSES = ("step", "epoch", "lr")  # columns of a table of losses that are not
 
 
 def hold_out(files: Sequence[Path], size: int) -> tuple[Tensor, Sequence[Path]]:
-    """Return the centres of four readable files, (B, 3, size, size), and the files to train on.
+    """Return the centres of up to four files, (B, 3, size, size), and the files to train on.
 
     Of many files, these are the rest. Of 8 or fewer, all are trained on.
     """
     squares: dict[Path, Tensor] = {}
     for path in files:
-        if len(squares) <= 8:
-            with suppress(InputError):
-                squares[path] = load_image(path, size, center_crop=True)
+        if len(squares) == 9:  # four to hold out, and enough to know that there are more than 8
+            break
+        with suppress(InputError):
+            squares[path] = load_image(path, size, center_crop=True)
     if not squares:
         raise InputError(f"none of the images in {files[0].parent} can be read")
     held_out = list(squares)[:4]
@@ -839,7 +846,7 @@ class Crops(Dataset):
         files = self.domains[domain]
         n = len(self.domains)
         epoch, position = divmod(i, len(files))
-        seed = 1_000_003 * self.seed + domain  # of its sums, torch's generators use the low 32 bits
+        seed = 1_000_003 * self.seed + domain  # torch's generators use its low 32 bits
         shuffling = torch.Generator().manual_seed(seed + n * epoch)
         order = torch.randperm(len(files), generator=shuffling).tolist()
         random = torch.Generator().manual_seed(seed + n * i + 2**31)
@@ -884,7 +891,7 @@ def lr_factor(step: float, constant: int, decay: int) -> float:
     return 1.0 - max(0, step - constant) / max(1, decay)
 
 
-@dataclass(repr=False)  # signal takes the repr of a handler's owner, which would have all tensors
+@dataclass(repr=False)  # signal.signal makes it, of a handler's owner: all tensors would be in it
 class Training:
     """Show how far a training is, save, stop and resume it.
 
@@ -893,7 +900,7 @@ class Training:
 
     What a step sees depends on its number alone (see Crops), and a checkpoint holds all that
     changes. So a training that was stopped, by Ctrl-C or kill -9, and resumed gives the same
-    weights as one that was not, to the bit on a CPU.
+    weights as one that was not, to the bit on a CPU in one process.
 
     With another batch size, or more pictures, it goes on after as many epochs, or without epochs
     after as many pictures: steps are counted as if all had been as long as they are now.
@@ -915,7 +922,8 @@ class Training:
         join_processes(self.device, self.networks)
         self.step = 0
         self.batch = self.args.batch_size * process_count()  # pictures a step, in all processes
-        self.pace = self.epoch or 1 / self.batch  # steps for an epoch, or for a picture
+        # Steps an epoch; or, where no epochs are counted, steps a picture. `load` converts by it.
+        self.pace = self.epoch or 1 / self.batch
         self.stopping = False
         self.history: list[dict[str, float]] = []  # {"step": …, loss: …}
         if self.args.resume and self.checkpoint.exists():
@@ -926,15 +934,14 @@ class Training:
         state = load_checkpoint(self.checkpoint)
         try:
             for name, part in self.parts.items():
-                saved = state[name]
-                if isinstance(part, torch.optim.Optimizer):  # its settings are those of the flags
-                    saved = saved | {"param_groups": part.state_dict()["param_groups"]}
-                part.load_state_dict(saved)
-                if isinstance(part, torch.optim.Optimizer):
-                    for parameter, adam in part.state.items():
-                        shapes = {adam["exp_avg"].shape, adam["exp_avg_sq"].shape}
-                        if shapes != {parameter.shape}:
-                            raise ValueError("moments of other parameters")
+                if not isinstance(part, torch.optim.Optimizer):
+                    part.load_state_dict(state[name])
+                    continue
+                groups = part.state_dict()["param_groups"]  # its settings are those of the flags
+                part.load_state_dict(state[name] | {"param_groups": groups})
+                for parameter, adam in part.state.items():
+                    if {adam["exp_avg"].shape, adam["exp_avg_sq"].shape} != {parameter.shape}:
+                        raise ValueError("moments of other parameters")
             ratio = self.pace / state.get("pace", self.pace)
             self.step = int(state["step"] * ratio + 1e-6)
             for row in state["history"]:
@@ -996,6 +1003,7 @@ class Training:
             self.history.append({"step": self.step, **row})
             shown = [f"{name} {row[name]:.3g}" for name in row if name not in NO_LOSSES]
             self.bar.set_postfix_str(", ".join(shown))
+        # keep_every counts epochs, if there are any; then each of them is due.
         often = self.epoch or self.args.keep_every or self.steps
         intervals = [self.args.checkpoint_every, often, self.steps]
         due = stopping or any(self.step % interval == 0 for interval in intervals)
@@ -1167,7 +1175,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help=every)
     keep = "keep the model of every so many epochs, or iterations, beside the last one"
     add("--keep-every", type=number(int, 1), metavar="N", help=keep)
-    resume = "go on from the output's checkpoint, if any, with its flags where none are given"
+    resume = "go on from the output's checkpoint, if any; it has the optional flags not given here"
     add("--resume", action="store_true", help=resume)
     add("--workers", type=number(int), default=2, metavar="N", help="processes that load pictures")
     add_device_arguments(parser)
@@ -1210,7 +1218,7 @@ def _resume(
     """
     state = load_checkpoint(checkpoint)
     try:
-        names = state["args"].keys() & vars(args).keys() - OWN
+        names = (state["args"].keys() & vars(args).keys()) - OWN
         before = {name: state["args"][name] for name in names}
         words: list[str] = []
         for name, value in before.items():
@@ -1279,7 +1287,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether `error` means out of memory: Python's, torch's, or a killed worker."""
     if isinstance(error, MemoryError):
         return True
-    texts = "out of memory|allocate memory|Invalid buffer size|DataLoader worker"
+    texts = r"out of memory|allocate memory|Invalid buffer size|DataLoader worker \(pid"
     return isinstance(error, RuntimeError) and re.search(texts, str(error)) is not None
 
 

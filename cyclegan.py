@@ -123,7 +123,7 @@ class Generator(nn.Module):
             nn.ReLU(inplace=True),
             Reflect(3),
             nn.Conv2d(w, 3, 7),  # c7s1-3  (B, 3, H, W)
-            nn.Tanh(),
+            nn.Tanh(),  # as in the authors' code; in §7.2, c7s1-3 has a norm and a ReLU
         )
         self.apply(initialize)
 
@@ -216,7 +216,8 @@ def generator_losses(
 def discriminator_loss(D: nn.Module, real: Tensor, made: Tensor) -> Tensor:
     """Compute what D_X or D_Y minimises on real pictures and made ones, (B, 3, H, W) each."""
     # §4:  D_Y minimises ½ [E_y (D_Y(y) − 1)² + E_x D_Y(G(x))²]
-    # (the half, from §7.1, lets it learn more slowly than G)
+    # (the half is from §7.1, to let D learn more slowly than G; Adam, which divides by the size of
+    # gradients, undoes it)
     return ((D(real) - 1).square().mean() + D(made).square().mean()) / 2
 
 
@@ -286,8 +287,9 @@ class CycleGAN:
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Change the networks a little on x and y (B, 3, H, W); return the losses before."""
-        # §3.3, Eq. 4:  G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y),   in turns (with
-        # the squares of §4, both minimise): first G and F …
+        # §3.3, Eq. 4:  G*, F* = arg min_{G,F} max_{D_X,D_Y} L(G, F, D_X, D_Y)
+        # They take turns. With the squares of §4, each side minimises losses of its own.
+        # First G and F:
         weights = self.args.lambda_cycle, self.args.lambda_identity
         self.D_X.requires_grad_(False)
         self.D_Y.requires_grad_(False)
@@ -300,7 +302,7 @@ class CycleGAN:
         self.G_ema.update_parameters(self.G)
         self.F_ema.update_parameters(self.F)
 
-        # … then D_X and D_Y, on real pictures and on what the pools return for F(y) and G(x).
+        # Then D_X and D_Y, on real pictures and on what the pools return for F(y) and G(x):
         self.D_X.requires_grad_(True)
         self.D_Y.requires_grad_(True)
         with autocast(x.device, self.precision):
@@ -334,7 +336,9 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
     def sample(step: int) -> None:
         epoch = math.ceil(step / epoch_steps)
-        save_samples(gan, x_test.to(device), y_test.to(device), record | {"step": step}, epoch)
+        keep = args.keep_every and step % (args.keep_every * epoch_steps) == 0
+        tests = x_test.to(device), y_test.to(device)
+        save_samples(gan, *tests, record | {"step": step}, epoch, bool(keep))
 
     run = common.Training(
         args, device, precision, checkpoint, steps, parts, sample, record, epoch_steps
@@ -403,6 +407,8 @@ def download(name: str, folder: Path = Path("data")) -> Path:
             download_and_extract_archive(url, temporary)
             Path(temporary, name).rename(target)
     except Exception as error:  # no network, a bad proxy, a bad file
+        if target.is_dir():  # another process of torchrun was faster
+            return target
         reason = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
         advice = f"try again, or unpack it yourself, to {target}/trainA, trainB, …"
         raise InputError(f"cannot download {url} whole ({reason}): {advice}") from error
@@ -452,8 +458,8 @@ def check_files(args: Namespace) -> None:
 
 
 @torch.no_grad()
-def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, record: dict, epoch: int) -> None:
-    """Write a sheet of the test pictures x and y; and, where they are asked for, models.
+def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, record: dict, epoch: int, keep: bool) -> None:
+    """Write a sheet of the test pictures x and y; the model for --export; and one to `keep`.
 
     These are the averages of G and F alone, in half precision, with their `record`.
     """
@@ -468,7 +474,7 @@ def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, record: dict, epoch: int) 
         model[name] = {key: w.half() for key, w in network.state_dict().items()}
     if gan.args.export:
         common.save_checkpoint(model, gan.args.export)
-    if gan.args.keep_every and epoch % gan.args.keep_every == 0:
+    if keep:
         common.save_checkpoint(model, sheet.with_suffix(".pth"))
 
 

@@ -45,11 +45,12 @@ STYLE_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 # a lattice of dots.
 STYLE_LAYER_WEIGHTS = (0.2, 0.45, 0.2, 1.0, 0.02)
 STARTS = ("recolored", "content", "style", "noise")
-# The network pads with zeros, which shows as a frame. So a margin is painted too, and cut off.
+# The network pads with zeros, which shows as a frame. So a margin, which the paper does not have,
+# is painted too, and cut off.
 MARGIN = 8  # px on each side
 
 Maps = dict[str, Tensor]  # a tensor for each layer, or loss
-Masks = dict[str, Tensor | None]  # for each layer, T (1, 1, h, w) with Σ T² = 1; None: everywhere
+Masks = dict[str, Tensor | None]  # for each layer, T (1, 1, h, w), as in `guide`; None: everywhere
 Grams = dict[tuple[int, str], Tensor]  # a Gram matrix for each style and layer
 Frame = tuple[Tensor, dict[str, float]]  # a picture on the way, (1, 3, H, W), and its losses
 
@@ -97,17 +98,17 @@ class Objective:
         vgg: Callable[[Tensor, Sequence[str]], Maps],
         photo: Tensor,
         styles: Sequence[Style],
-        content: Masks,
-        keep: Masks,
+        T_content: Masks,
+        T_protected: Masks,
         args: Namespace,
     ) -> None:
         self.vgg = vgg
         self.styles = styles
-        self.content = content  # where x is compared with the photo; in the paper, everywhere
-        self.keep = keep  # where x shall stay as the photo (--protect); not in the paper
+        self.T_content = T_content  # where x is compared with the photo; in the paper, everywhere
+        self.T_protected = T_protected  # where x shall stay the photo (--protect; not in the paper)
         self.args = args
         with torch.no_grad():
-            self.P = vgg(photo, [*content, *keep])
+            self.P = vgg(photo, [*T_content, *T_protected])
 
     def __call__(self, x: Tensor) -> Maps:
         """Return the `total` loss of x (1, 3, H, W), and its terms before weighting."""
@@ -115,13 +116,16 @@ class Objective:
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor, Grams]:
         """Measure the feature maps of x: the losses of Eq. 1, and the Gram matrices of Eq. 3."""
-        F = self.vgg(x, [*self.P, *(layer for style in self.styles for layer in style.A)])
+        style_layers = self.styles[0].A if self.styles else []  # the same in all styles
+        F = self.vgg(x, [*self.P, *style_layers])
         L_content = x.new_zeros(())
-        for layer, T in self.content.items():
-            L_content = L_content + content_loss(F[layer], self.P[layer], T) / len(self.content)
+        for layer, T in self.T_content.items():
+            loss = content_loss(F[layer], self.P[layer], T)
+            L_content = L_content + loss / len(self.T_content)
         L_protected = x.new_zeros(())
-        for layer, T in self.keep.items():
-            L_protected = L_protected + content_loss(F[layer], self.P[layer], T) / len(self.keep)
+        for layer, T in self.T_protected.items():
+            loss = content_loss(F[layer], self.P[layer], T)
+            L_protected = L_protected + loss / len(self.T_protected)
         grams = {}
         for s, style in enumerate(self.styles):
             for layer, T in style.T.items():
@@ -143,7 +147,7 @@ class Objective:
         if args.tv_weight:  # not in the paper
             losses["variation"] = common.total_variation(x)
             L_total = L_total + args.tv_weight * losses["variation"]
-        if self.keep:  # not in the paper
+        if self.T_protected:  # not in the paper
             losses["protected"] = L_protected
             L_total = L_total + args.protect_weight * L_protected
         return {"total": L_total, **losses}
@@ -201,7 +205,7 @@ def normalize(vgg: VGG, photo: Tensor, paintings: Sequence[Tensor], args: Namesp
     images = [*paintings] if args.style_layers else []
     if args.content_layers or args.protect is not None:
         images.append(photo)
-    return rescale(vgg, [resize(image, min(1.0, 1024 / max(image.shape))) for image in images])
+    return rescale(vgg, [shrink(image, min(1.0, 1024 / max(image.shape))) for image in images])
 
 
 def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
@@ -233,9 +237,10 @@ def optimize(
 
     It yields x and its losses after each step, which is `args.lbfgs_iters` evaluations.
     """
-    # The optimiser changes z, where x = x_0 + unit · smooth(z). torch's L-BFGS first moves z by 1
-    # in sum: in this unit, x by 1/100 of white on average. It sees the gradient times a gain, so
-    # that all |g| are 1e6 in sum at first: curvatures below 1e-10, which it ignores, are far away.
+    # The paper's optimiser changes x itself. Here it changes z, where x = x_0 + unit · smooth(z).
+    # torch's L-BFGS begins with a move of Σ |Δz| = 1: with this unit, x changes by 1/100 of white
+    # on average. The gradient is multiplied by a gain, so that Σ |g| = 1e6 at first: torch ignores
+    # curvatures below 1e-10, and with this gain all are far larger.
     unit = x.numel() / 100
     x_0 = x
     gain = None
@@ -260,6 +265,7 @@ def optimize(
             z_before = z.detach().clone()
             optimizer.step(closure)
             if args.optimizer == "lbfgs":
+                # (not in the paper)
                 bound_move(optimizer, z, z_before, most=0.1 * args.lr / unit)
         values = torch.stack([*losses.values()]).tolist()
         if not all(map(math.isfinite, values)):
@@ -271,7 +277,8 @@ def optimize(
 # === From here: Gatys et al. 2017, "Controlling Perceptual Factors in Neural Style Transfer", =====
 # === arXiv:1611.07865: scales (its §6), regions (§4) and colours (§5). ============================
 
-PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")  # fine and coarse: --protect compares there
+# Fine and coarse layers, which --protect compares. This flag is in no paper.
+PROTECTED_LAYERS = ("relu1_1", "relu3_1", "relu4_2")
 
 
 @dataclass
@@ -286,9 +293,10 @@ class Scale:
 def plan_scales(content: Tensor, args: Namespace) -> list[Scale]:
     """Plan the scales from coarse to fine; a single one is the paper's of 2016.
 
-    The coarsest has a longer side of 128 px, where shapes as large as the painting's are made. Each
-    is at most twice as large as the one before. The second takes a third of the steps of the
-    coarsest, each later one a seventh.
+    The coarsest has a longer side of 128 px, where shapes as large as the painting's are made; of
+    a smaller photo, each is half as large as the next. Without --scales, each is at most twice as
+    large as the one before. The second takes a third of the steps of the coarsest, each later one a
+    seventh.
     """
     side = max(content.shape[-2:])
     count = args.scales
@@ -300,12 +308,15 @@ def plan_scales(content: Tensor, args: Namespace) -> list[Scale]:
         factor = coarsest ** ((count - 1 - k) / max(1, count - 1))  # in equal ratios, up to 1
         steps = max(1, round(args.num_steps / (1, 3, 7)[min(k, 2)]))
         scales.append(Scale(factor, steps, list(args.style_layers)))
-    # relu5_1 makes the largest shapes. At full size they are there, and it would only add dots.
+    # Not in the paper: relu5_1 makes the largest shapes. At full size they are there, and it would
+    # only add dots.
     finest = [layer for layer in args.style_layers if layer < "relu5"]
     if count > 1 and finest:
         scales[-1].style_layers = finest
     if isinstance(args.init, Tensor) and args.scales is None:
-        return scales[-1:]  # coarser ones would lose the details of a picture to continue from
+        # Coarser ones would lose the details of a picture to continue from. The finest stays as it
+        # is, with a part of the steps, and without relu5_1.
+        return scales[-1:]
     return scales
 
 
@@ -322,15 +333,16 @@ def make_objective(
         mask = everywhere(painting, args) if alpha is None else fit(alpha, painting)
         A.append(painting_grams(vgg, painting, mask, style_layers, args))
     styles = place_styles(A, photo, args) if style_layers else []
-    content = guide(everywhere(photo, args), args.content_layers, photo)
-    keep = {}
+    T_content = guide(everywhere(photo, args), args.content_layers, photo)
+    T_protected = {}
     if args.protect is not None:
         mask = fit(args.protect, photo, MARGIN)
         for layer in PROTECTED_LAYERS:
             T = at_layer(mask, layer)
-            keep[layer] = T.to(photo) / T.numel() ** 0.5
+            # Not Σ T² = 1, as in `guide`: each position counts 1/M, however few are protected.
+            T_protected[layer] = T.to(photo) / T.numel() ** 0.5
     make = TiledObjective if args.tile_size else Objective
-    return make(vgg, photo, styles, content, keep, args)
+    return make(vgg, photo, styles, T_content, T_protected, args)
 
 
 @torch.no_grad()
@@ -370,7 +382,7 @@ def place_styles(A: Sequence[Maps], photo: Tensor, args: Namespace) -> list[Styl
     styles = []
     for a, b, mask in zip(A, args.style_blend, masks, strict=True):
         covered = free * mask
-        share = len(A) * b * covered.mean().item()
+        share = len(A) * b * covered.mean().item()  # without --style-blend, len(A) * b is 1
         styles.append(Style(a, guide(covered, layers, photo), share))
     return styles
 
@@ -466,13 +478,13 @@ def match_color(
     target_alphas = target_alphas or [None for _ in targets]
     mean_x, C_x = moments([image], [alpha], [1])
     mean_s, C_s = moments(targets, target_alphas, shares)
-    # 2017, §5.2:  x ↦ A (x − μ_x) + μ_s
+    # 2017, §5.2:  x ↦ A (x − μ_x) + μ_s   (for A, see `monge_map`)
     matched = monge_map(C_x, C_s) @ (image.flatten(2)[0].cpu().double() - mean_x) + mean_s
     return matched.view(image.shape).to(image)
 
 
 def monge_map(C_x: Tensor, C_s: Tensor) -> Tensor:
-    """Return the symmetric A (3, 3) with A C_x Aᵀ = C_s.
+    """Return the symmetric A (3, 3) with A C_x Aᵀ = C_s; or near it, if that were more than 3.
 
     Of all such maps it moves colours least (Pitié & Kokaram 2007).
     """
@@ -604,15 +616,15 @@ class TiledObjective:
         vgg: VGG,
         photo: Tensor,
         styles: Sequence[Style],
-        content: Masks,
-        keep: Masks,
+        T_content: Masks,
+        T_protected: Masks,
         args: Namespace,
     ) -> None:
         self.parts = []
         for tile in tiles(photo, args.tile_size):
             tile_vgg = partial(tile_maps, vgg, tile)
             tile_styles = [Style(style.A, cut_all(style.T, tile), style.share) for style in styles]
-            places = cut_all(content, tile), cut_all(keep, tile)
+            places = cut_all(T_content, tile), cut_all(T_protected, tile)
             self.parts.append(Objective(tile_vgg, photo, tile_styles, *places, args))
 
     def __call__(self, x: Tensor) -> Maps:
@@ -622,9 +634,10 @@ class TiledObjective:
         grams: Grams = {}
         for part in self.parts:
             # checkpoint(): the feature maps are forgotten, and computed again for the gradient.
-            content, protected, tile_grams = checkpoint(part.measure, x, use_reentrant=False)
-            L_content = L_content + content
-            L_protected = L_protected + protected
+            measured = checkpoint(part.measure, x, use_reentrant=False)
+            tile_content, tile_protected, tile_grams = measured
+            L_content = L_content + tile_content
+            L_protected = L_protected + tile_protected
             for key, G in tile_grams.items():
                 grams[key] = grams.get(key, 0) + G
         return self.parts[0].losses(x, L_content, L_protected, grams)
@@ -729,7 +742,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
-    steps = "steps at the coarsest size; the next has a third of them, each later one a seventh"
+    steps = "steps at 128 px; the next size has a third of them, and each later one a seventh, as"
+    steps += " has a picture that --init continues"
     add("--num-steps", type=number(int, 1, 10**6), default=50, metavar="N", help=steps)
     iterations = "iterations of L-BFGS, or Adam, in each step"
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, metavar="N", help=iterations)
@@ -816,6 +830,7 @@ def check(args: Namespace, many: bool) -> None:
     demand(start, f"--init {args.init} is no file, nor one of {', '.join(STARTS)}")
     advice = "to paint many photos, name their folder; to blend so many paintings, --style-blend"
     demand(n <= 4 or not many, f"{n} styles given: {advice}")
+    demand(len({*args.style_layers}) == layers, "--style-layers has a layer twice")
     same = len(args.style_layer_weights) == layers
     demand(same, f"--style-layer-weights needs one for each of {layers} layers")
     whole = not args.tile_size or args.tile_size % 16 == 0  # tiles begin where VGG's pooling does
@@ -940,7 +955,9 @@ def run(args: Namespace, command: Sequence[str]) -> None:
         files.append(Path(args.init))
     pairs = common.plan_outputs([args.content], args.output, "", animations=False)
     photos = [photo for photo, _ in pairs]
-    outputs = [path for _, output in pairs for path in (output, *extras(output, args).values())]
+    outputs = []
+    for _, output in pairs:
+        outputs += [output, *extras(output, args).values()]
     common.check_outputs(outputs, [*photos, *files])
     device = common.pick_device(args.device)
     paintings = [painting.to(device) for painting in load_inputs(args)]
@@ -1038,8 +1055,9 @@ def paint_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exit with status 2 on a failure that the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
     with common.one_line_errors():
-        run(parse_args(argv), ["python", "gatys.py", *(sys.argv[1:] if argv is None else argv)])
+        run(parse_args(argv), ["python", "gatys.py", *argv])
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad(x, self.margin, self.mode)
+        # In strips, which is not in the paper: the same values, in less memory.
         return in_strips(self.conv2d, x, self.kernel)  # (B, C', H/stride, W/stride)
 
 
@@ -216,7 +217,7 @@ def content_loss(f: Tensor, f_target: Tensor) -> Tensor:
 
 
 def style_loss(g: Tensor, g_target: Tensor) -> Tensor:
-    """Compute the style reconstruction loss of Gram matrices (B, C, C), a mean over B."""
+    """Compute the style reconstruction loss of G (B, C, C) and its target (1, C, C)."""
     # Johnson Eq. 3:  G_cc' = 1/(C H W) Σ_hw φ_hwc φ_hwc'   (gram_matrix())
     # Johnson Eq. 4:  ℓ_style = ‖G(ŷ) − G(y)‖_F²
     return (g - g_target).square().sum((1, 2)).mean()
@@ -304,6 +305,7 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     # Photos are cropped at random. The paper resizes them to 256×256.
     crops = common.Crops([files], args.crop_size, args.crop_size, args.seed)
     for [x] in run.batches(crops):
+        # The paper has no --decay-iterations.
         decay = common.lr_factor(run.step, args.iterations, args.decay_iterations)
         optimizer.param_groups[0]["lr"] = args.lr * decay
         run.log(step(f_W, objective, optimizer, x))
@@ -312,7 +314,8 @@ def train(args: Namespace, command: Sequence[str]) -> None:
 
 # --- Stylising -------------------------------------------------------------------------------
 
-MARGIN = 8  # px that are added to each side of a picture before stylising it, and cut off again
+# In the paper, stylising is f_W(x). Here, a margin is added to x and cut off again.
+MARGIN = 8  # px on each side
 
 
 @torch.no_grad()
@@ -326,7 +329,8 @@ def stylize(
     """Stylise pictures x, floats (B, 3, H, W) in [0, 1], to float32 ones of the same shape.
 
     `strength` blends from x (0) to the network's output (1). `preserve_color`, None or luminance,
-    keeps I and Q of YIQ. InputError if x is no batch of pictures, or too large for the memory.
+    keeps I and Q of YIQ. InputError if x is no batch of pictures of more than 8 px a side, or too
+    large for the memory.
 
     Networks learn from VGG's zero padding to paint a faint frame, so a margin is stylised too and
     cut off. Models of pytorch/examples get no margin and stay in float32, unless `precision` says
@@ -363,11 +367,10 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
     if torch.is_grad_enabled():
         return convolve(x)
     _, channels, height, width = x.shape
-    places = height - kernel + 1
-    values = channels * width  # of a row
-    rows = 2 * max(16, STRIP // values // 2)  # even, for a stride of 2
+    rows = max(32, STRIP // (channels * width))
+    rows -= rows % 2  # even, for a stride of 2
     strips = []
-    for top in range(0, places, rows):
+    for top in range(0, height - kernel + 1, rows):
         strips.append(convolve(x[:, :, top : top + rows + kernel - 1]))
     return torch.cat(strips, dim=2)
 

@@ -367,12 +367,12 @@ def test_the_first_losses_are_those_of_the_objective(pictures):
 
 
 def test_the_units_are_those_of_pictures_of_1024_px_at_most(monkeypatch, pictures):
-    """Larger ones would need more memory than painting in tiles does."""
+    """Larger ones would need more memory than painting in tiles does. VGG takes 16 px or more."""
     seen = []
     monkeypatch.setattr(gatys, "rescale", lambda vgg, images: seen.append(images))
-    photo, style = torch.rand(1, 3, 8, 2048), torch.rand(1, 3, 12, 24)
-    gatys.normalize(None, photo, [style], settings(photo, [style]))
-    assert [image.shape[2:] for image in seen[0]] == [(12, 24), (4, 1024)]
+    photo, style, thin = (torch.rand(1, 3, *size) for size in ((48, 2048), (18, 24), (8, 2048)))
+    gatys.normalize(None, photo, [style, thin], settings(photo, [style, thin]))
+    assert [image.shape[2:] for image in seen[0]] == [(18, 24), (16, 4096), (24, 1024)]
 
 
 def test_a_coarse_scale_paints_small_pictures_and_a_fine_one_goes_on_from_there(
@@ -813,7 +813,7 @@ def test_arguments_that_make_no_sense_are_told_in_one_line(pictures):
     image, *pair = pictures
     bad = {"content_weight": -1, "style_blend": [1.0, 2.0], "style_layer_weights": [1.0]}
     bad |= {"alpha": 3, "save_gif": True, "device": "cpu", "tile_size": 24, "style_alphas": [None]}
-    bad |= {"no_such_flag": 1, "style_wei": 2}
+    bad |= {"no_such_flag": 1, "style_wei": 2, "style_layers": ["relu1_1", "relu1_1"]}
     cases = [({name: value}, name) for name, value in bad.items()]
     cases += [({"styles": image}, "[3, 40, 56]"), ({"protect": LEFT[0]}, "(1, 1, H, W)")]
     cases += [({"style_masks": [2 * LEFT]}, "(1, 1, H, W)"), ({"style_blend": [0.0]}, "not 0")]
