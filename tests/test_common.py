@@ -558,6 +558,15 @@ def test_one_failure_does_not_stop_a_folder(capsys):
     assert files("out") == ["a.png", "b.png"]
     assert capsys.readouterr().err.count("warning: ") == 1
 
+    def too_large(source, target):
+        raise MemoryError
+
+    with pytest.raises(SystemExit, match="2 of 2"):
+        common.for_each([(Path("a.png"), Path("b.png"))] * 2, too_large)
+    assert (
+        capsys.readouterr().err.count("warning: a.png: out of memory: choose a smaller size") == 2
+    )
+
 
 def test_what_is_in_the_way_of_a_result_is_told_before_the_work():
     save_noise("in/a.png", "in/b.png")
@@ -1175,6 +1184,8 @@ def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails
         {"args": saved["args"] | {"keep_every": "often"}},
         {"args": saved["args"] | {"precision": "low"}},
     ]
+    if name == "G":
+        damages.append({"pool_X": saved["pool_X"] | {"images": [1]}})
     for damaged in (*(saved | damage for damage in damages), {"weights": torch.rand(3)}):
         torch.save(damaged, path)
         assert "checkpoint" in fails(training.format("a"), 2, "--resume")
