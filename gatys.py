@@ -849,7 +849,7 @@ def settings(content: Tensor, styles: Sequence[Tensor] = (), **options: object) 
     if torch.is_inference_mode_enabled():
         raise InputError("painting takes gradients: call it outside of torch.inference_mode()")
     argv = ["content", *("style" for _ in styles)]
-    known = vars(parse_args(["content", "style"])).keys() - FOR_FILES - {"alpha", "style_alphas"}
+    known = vars(parse_args(["content", "style"])).keys() - FOR_FILES
     tensors = {}
     for name, value in options.items():
         if name not in known:
