@@ -368,10 +368,8 @@ def load_frames(
                 scaled = [_scale(layer, size, center_crop, shorter) for layer in layers]
                 frame = torch.cat([to_tensor(layer) for layer in scaled])  # (3 or 4, H, W)
                 yield frame.float().unsqueeze(0), image.info.get("duration", 100)
-    except InputError:
-        raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        if out_of_memory(error):
+        if isinstance(error, InputError) or out_of_memory(error):
             raise
         failure = f"cannot read {path} as an image ({type(error).__name__})"
         advice = ADVICE.get(Path(path).suffix.lower(), "is it there, an image, and whole?")

@@ -239,8 +239,7 @@ def optimize(
     """
     # The paper's optimiser changes x itself. Here it changes z, where x = x_0 + unit · smooth(z).
     # torch's L-BFGS begins with a move of Σ |Δz| = 1: with this unit, x changes by 1/100 of white
-    # on average. The gradient is multiplied by a gain, so that Σ |g| = 1e6 at first: torch ignores
-    # curvatures below 1e-10, and with this gain all are far larger.
+    # on average. It ignores curvatures below 1e-10: with a gain, Σ |g| = 1e6, all are far larger.
     unit = x.numel() / 100
     x_0 = x
     gain = None
@@ -265,8 +264,7 @@ def optimize(
             z_before = z.detach().clone()
             optimizer.step(closure)
             if args.optimizer == "lbfgs":
-                # (not in the paper)
-                bound_move(optimizer, z, z_before, most=0.1 * args.lr / unit)
+                bound_move(optimizer, z, z_before, most=0.1 * args.lr / unit)  # not in the paper
         values = torch.stack([*losses.values()]).tolist()
         if not all(map(math.isfinite, values)):
             advice = "try a smaller --lr, or smaller weights"
