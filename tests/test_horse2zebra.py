@@ -15,7 +15,7 @@ from models import kid as measuring
 @pytest.fixture
 def tiny(monkeypatch):
     """Make the program small, and write twelve horses and thirteen zebras."""
-    stages = (program.Stage(2, (32,), 2.5, 0.2), program.Stage(4, (34, 40), 1.0, 0.0))
+    stages = (program.Stage(2, (32,), 2.5, 0.2, copy=True), program.Stage(4, (34, 40), 1.0, 0.0))
     settings = {
         "STAGES": stages,
         "SCHEDULE": [stage for stage in stages for _ in range(stage.steps)],
@@ -151,6 +151,20 @@ def test_a_step_minimises_the_papers_losses_by_E_and_spikes(tiny):
     torch.testing.assert_close([p.grad for p in weights], list(gradients), rtol=1e-3, atol=1e-4)
     assert not torch.equal(ours.E_X.heads[0][0].weight, before)
     assert E(torch.rand(1, 3, 64, 96)).shape == (1, 2, 16, 24)  # H/4, W/4
+
+
+def test_first_of_all_G_and_F_learn_to_copy_and_E_to_judge(tiny):
+    ours, (x, y) = trainer(), torch.rand(2, 1, 3, 32, 32)
+    copies = [(network(z), z) for network in (ours.G, ours.F) for z in (x, y)]
+    total = sum(2 * (copy - z).abs().mean() for copy, z in copies)
+    weights = [*ours.G.parameters(), *ours.F.parameters()]
+    gradients = torch.autograd.grad(total, weights)
+    before = ours.E_Y.heads[0][0].weight.clone()
+    losses = ours.step(0, x, y)
+    assert losses["total"].item() == pytest.approx(total.item(), rel=1e-4)
+    assert losses["spikes"] == 0
+    torch.testing.assert_close([p.grad for p in weights], list(gradients), rtol=1e-3, atol=1e-5)
+    assert not torch.equal(ours.E_Y.heads[0][0].weight, before)
 
 
 def test_E_is_shown_the_newest_picture_and_others_of_its_kind(tiny):
