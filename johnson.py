@@ -19,6 +19,7 @@ loss becomes small for all.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from argparse import Namespace
@@ -369,10 +370,18 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
     _, channels, height, width = x.shape
     rows = max(32, STRIP // (channels * width))
     rows -= rows % 2  # even, for a stride of 2
-    strips = []
-    for top in range(0, height - kernel + 1, rows):
-        strips.append(convolve(x[:, :, top : top + rows + kernel - 1]))
-    return torch.cat(strips, dim=2)
+    places = height - kernel + 1  # of the kernel, from top to bottom
+    y = x.new_empty(0)
+    done = 0  # rows of y
+    for top in range(0, places, rows):
+        strip = convolve(x[:, :, top : top + rows + kernel - 1])
+        made = strip.shape[2]
+        if top == 0:
+            total = math.ceil(made * places / min(rows, places))
+            y = strip.new_empty(*strip.shape[:2], total, strip.shape[3])
+        y[:, :, done : done + made] = strip
+        done += made
+    return y
 
 
 def first_network(args: Namespace) -> TransformNet:
