@@ -2,7 +2,7 @@
 
     python models/horse2zebra.py data/horse2zebra -o models/horse2zebra.pth
 
-It takes 5 hours of one CPU core. This is CycleGAN (Zhu et al. 2017) with other discriminators. To
+It takes 4 hours of one CPU core. This is CycleGAN (Zhu et al. 2017) with other discriminators. To
 D_X and D_Y of the paper, faint pictures and stripes that are left on a horse look nearly real. E_X
 and E_Y, in their place, see feature maps of VGG-19, which was trained on ImageNet and can tell a
 horse from a zebra.
@@ -44,8 +44,8 @@ class Stage(NamedTuple):
 STAGES = (
     Stage(1_000, (143, 192), 1.0, 1.0, copy=True),  # E learns meanwhile to tell X from Y
     Stage(2_000, (143, 192), 2.5, 0.5),  # whole animals, on which stripes come soonest
-    Stage(6_000, (192, 264), 2.5, 1.0),  # closer views; grass and trees are to stay as they are
-    Stage(8_000, (192, 264), 0.7, 2.5),  # the last stripes of zebras go, while the rate falls to 0
+    Stage(5_000, (192, 264), 2.5, 1.0),  # closer views; grass and trees are to stay as they are
+    Stage(6_000, (192, 264), 0.7, 2.5),  # the last stripes of zebras go, while the rate falls to 0
 )
 SCHEDULE = [stage for stage in STAGES for _ in range(stage.steps)]
 CROP, LOAD_SIZE = 128, 192  # px; translate scales pictures to the second
