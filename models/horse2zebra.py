@@ -167,9 +167,8 @@ class Trainer:
         self.maps.clear()
         with common.autocast(x.device, self.precision):
             losses, G_x, F_y = generator_losses(self.G, self.F, self.E_X, self.E_Y, x, y, *weights)
-            if (
-                stage.copy
-            ):  # E would spoil new networks: nothing that they make looks like a picture
+            if stage.copy:
+                # E would spoil new networks, which make nothing that looks like a picture.
                 copies = distance(G_x, x) + distance(F_y, y)
                 losses["total"] = losses["identity"] + copies
             # A few values of 40 where others are near 2 become dark discs, and the next norm makes

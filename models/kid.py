@@ -29,6 +29,7 @@ SHIPPED = Path(__file__).with_name("horse2zebra.pth")
 
 @functools.cache
 def network() -> common.VGG:
+    """Make the network that compares pictures, once."""
     return common.VGG(["relu4_1", "relu5_1"], "vgg19", pooling="avg")
 
 
