@@ -452,9 +452,9 @@ def _scale(
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def resize(image: Tensor, factor: float, rounding: Callable[[float], int] = round) -> Tensor:
+def resize(image: Tensor, factor: float) -> Tensor:
     """Scale an image (1, C, H, W) by `factor`, smoothly; on the CPU, as not every device can."""
-    size = [max(1, rounding(side * factor)) for side in image.shape[-2:]]
+    size = [max(1, round(side * factor)) for side in image.shape[-2:]]
     image_cpu = image.detach().float().cpu()
     resized = nn.functional.interpolate(image_cpu, size, mode="bicubic", antialias=True)
     return resized.clamp(0, 1).to(image.device)

@@ -261,9 +261,7 @@ class ImagePool:
 class CycleGAN:
     """G, F, D_X and D_Y with the optimisers and image pools: all that a step changes."""
 
-    def __init__(
-        self, args: Namespace, device: torch.device, precision: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, args: Namespace, device: torch.device, precision: torch.dtype) -> None:
         self.args = args
         self.precision = precision
         networks = nn.ModuleList(first_networks(args)).to(device).train()
@@ -317,7 +315,10 @@ class CycleGAN:
 
 def train(args: Namespace, command: Sequence[str]) -> None:
     """Train G, F, D_X and D_Y as the command line says (§7.1)."""
-    check_files(args)
+    checkpoint, *exported = outputs_of(args)
+    inputs = [Path(name) for name in args.data]
+    inputs += [Path("data", name) for name in args.data]  # sets are downloaded to data/
+    common.check_outputs([*exported, checkpoint], inputs, [".pth"])
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     (X, x_test), (Y, y_test) = domains(args.data, args.crop_size)
@@ -332,7 +333,6 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     gan = CycleGAN(args, device, precision)
     parts = {name: part for name, part in vars(gan).items() if hasattr(part, "state_dict")}
     record = {"args": common.plain(args), "command": shlex.join(command)}
-    checkpoint = args.output / "checkpoint.pth"
 
     def sample(step: int) -> None:
         epoch = math.ceil(step / epoch_steps)
@@ -447,16 +447,6 @@ def outputs_of(args: Namespace) -> list[Path]:
     return [checkpoint, args.export] if args.export else [checkpoint]
 
 
-def check_files(args: Namespace) -> None:
-    """Raise InputError if an output of a training cannot be written, or would destroy an input."""
-    inputs = [Path(name) for name in args.data]
-    inputs += [Path("data", name) for name in args.data]  # sets are downloaded to data/
-    if not args.resume:
-        inputs += args.start_from
-    checkpoint, *exported = outputs_of(args)
-    common.check_outputs([*exported, checkpoint], inputs, [".pth"])
-
-
 @torch.no_grad()
 def save_samples(gan: CycleGAN, x: Tensor, y: Tensor, record: dict, epoch: int, keep: bool) -> None:
     """Write a sheet of the test pictures x and y; the model for --export; and one to `keep`.
@@ -560,9 +550,7 @@ def translate_files(args: Namespace, command: Sequence[str]) -> None:
 
         It finds horses only at the size that it was trained on.
         """
-        small = x
-        if size:
-            small = common.resize(x, size / min(x.shape[-2:]))
+        small = common.resize(x, size / min(x.shape[-2:])) if size else x
         made = translate(network, small.to(device), args.precision)
         made = nnf.interpolate(made.cpu(), x.shape[-2:], mode="bicubic", antialias=True)
         return made.clamp(0, 1)

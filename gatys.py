@@ -219,7 +219,7 @@ def start(photo: Tensor, styles: Sequence[Tensor], args: Namespace) -> Tensor:
         x = torch.rand(photo.shape, generator=torch.Generator().manual_seed(args.seed)).to(photo)
     elif args.init == "style":  # the first painting, enlarged until it covers the photo
         cover = max(h / styles[0].shape[-2], w / styles[0].shape[-1])
-        x = center_crop(resize(styles[0], cover, math.ceil), [h, w])
+        x = center_crop(resize(styles[0], cover), [h, w])
     elif args.init == "recolored" and styles:  # not in the paper: few steps are needed from there
         alpha = None if args.alpha is None else fit(args.alpha, photo, MARGIN)
         x = match_color(photo, styles, args.style_blend, alpha, args.style_alphas).clamp(0, 1)
@@ -529,8 +529,7 @@ def prepare_colors(
 
 def finish(picture: Tensor, content: Tensor, args: Namespace) -> Tensor:
     """After painting, scale a picture to the size of `content`, and give back colours and α."""
-    if picture.shape != content.shape:
-        picture = enlarge(picture, content)
+    picture = enlarge(picture, content)
     if args.preserve_color == "luminance":
         picture = keep_color(picture, content)
     if args.alpha is not None:
@@ -712,68 +711,50 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
     add = parser.add_argument_group("pictures").add_argument
     add("content", type=Path, help="photo: what to paint; or a folder of photos")
-    paintings = "painting: how to paint it; several are blended"
-    add("styles", type=Path, nargs="*", metavar="style", help=paintings)
-    size = "longer side of the result, in px"
-    add("--image-size", type=number(int, 1, 16383), default=512, metavar="PX", help=size)
-    scale = "size of the painting, relative to the result"
-    add("--style-scale", type=number(most=32), default=1.0, metavar="S", help=scale)
+    add("styles", type=Path, nargs="*", metavar="style", help="paintings; several are blended")
+    add("--image-size", type=number(int, 1, 16383), default=512, help="result's longer side, in px")
+    add("--style-scale", type=number(most=32), default=1.0, help="relative size of the painting")
 
     add = parser.add_argument_group("losses").add_argument
     add("--content-weight", type=number(), default=1.0, metavar="α", help="α of Eq. 7")
     add("--style-weight", type=number(), default=50.0, metavar="β", help="β of Eq. 7")
-    smoothness = "weight of total variation, for smoothness"
-    add("--tv-weight", type=number(), default=0.0, metavar="W", help=smoothness)
-    layers = "layers of the content loss"
-    add("--content-layers", nargs="*", default=[*CONTENT_LAYERS], metavar="LAYER", help=layers)
-    layers = "layers of the style loss, of relu1_1 … relu5_4; relu5_… are left out at full size"
-    add("--style-layers", nargs="*", default=[*STYLE_LAYERS], metavar="LAYER", help=layers)
+    add("--tv-weight", type=number(), default=0.0, help="weight of total variation, for smoothness")
+    add("--content-layers", nargs="*", default=[*CONTENT_LAYERS], help="layers of the content loss")
+    layers = "of relu1_1 … relu5_4; relu5_… are left out at full size"
+    add("--style-layers", nargs="*", default=[*STYLE_LAYERS], help=layers)
     weights = f"w_l of Eq. 5 (default: {' '.join(map(str, STYLE_LAYER_WEIGHTS))}; the paper: 0.2)"
-    add("--style-layer-weights", nargs="*", type=number(), metavar="W", help=weights)
-    shares = "share of each style (default: equal ones)"
-    add("--style-blend", nargs="*", type=number(), metavar="SHARE", help=shares)
+    add("--style-layer-weights", nargs="*", type=number(), help=weights)
+    add("--style-blend", nargs="*", type=number(), help="share of each style (default: equal ones)")
     add("--pooling", choices=["avg", "max"], default="avg", help="pooling in VGG (paper: avg)")
-    networks = "auto: vgg16 if it is available, else vgg19"
-    add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help=networks)
-    file = "file of VGG's weights, as torchvision saves them"
-    add("--vgg-weights", default="auto", metavar="FILE", help=file)
+    add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="auto: vgg16, or vgg19")
+    add("--vgg-weights", default="auto", help="file of VGG's weights, as torchvision saves them")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the paper's is L-BFGS")
     steps = "steps at 128 px; the next size has a third of them, and each later one a seventh, as"
     steps += " has a picture that --init continues"
-    add("--num-steps", type=number(int, 1, 10**6), default=50, metavar="N", help=steps)
-    iterations = "iterations of L-BFGS, or Adam, in each step"
-    add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, metavar="N", help=iterations)
+    add("--num-steps", type=number(int, 1, 10**6), default=50, help=steps)
+    add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations in each step")
     scales = "sizes, from 128 px to full (default: each at most twice the one before)"
-    add("--scales", type=number(int, 1, 16), metavar="N", help=scales)
-    side = "compute in parts of so many px, to save memory"
-    add("--tile-size", type=number(int, 16, 65536), metavar="PX", help=side)
-    rate = "learning rate (default: 1 for lbfgs, 0.02 for adam)"
-    add("--lr", type=number(), metavar="LR", help=rate)
+    add("--scales", type=number(int, 1, 16), help=scales)
+    add("--tile-size", type=number(int, 16, 65536), help="compute in tiles, to save memory")
+    add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
     starts = f"{', '.join(STARTS)} (the paper's), or a picture to continue from"
-    add("--init", default="recolored", metavar="START", help=starts)
-    seed = "random seed of the noise"
-    add("--seed", type=number(int, most=2**63), default=0, metavar="N", help=seed)
+    add("--init", default="recolored", help=starts)
+    add("--seed", type=number(int, most=2**63), default=0, help="random seed of the noise")
 
     add = parser.add_argument_group("regions and colours").add_argument
     masks = "where styles go, in white; the last has the rest"
-    add("--style-masks", nargs="*", type=Path, default=(), metavar="MASK", help=masks)
-    colors = "keep the photo's colours (default: the style's)"
-    add("--preserve-color", choices=["luminance", "histogram"], help=colors)
+    add("--style-masks", nargs="*", type=Path, default=(), help=masks)
+    add("--preserve-color", choices=["luminance", "histogram"], help="keep the photo's colours")
     add("--protect", metavar="MASK", help="keep the photo where this is white; faces: find them")
-    weight = "how strongly it is kept"
-    add("--protect-weight", type=number(), default=30.0, metavar="W", help=weight)
+    add("--protect-weight", type=number(), default=30.0, help="how strongly it is kept")
 
     add = parser.add_argument_group("output").add_argument
-    output = "picture, or folder (default: <content>_<style>.png)"
-    add("-o", "--output", type=Path, metavar="PATH", help=output)
-    film = "write the optimisation as an animation, <output>.gif"
-    add("--save-gif", action="store_true", help=film)
-    frames = "write the picture of every step to <output>_frames/"
-    add("--save-all", action="store_true", help=frames)
-    table = "write <output>_losses.csv and its plot, .png"
-    add("--save-losses", action="store_true", help=table)
+    add("-o", "--output", type=Path, help="picture, or folder (default: <content>_<style>.png)")
+    add("--save-gif", action="store_true", help="write an animation of the steps, <output>.gif")
+    add("--save-all", action="store_true", help="write each step's picture to <output>_frames/")
+    add("--save-losses", action="store_true", help="write <output>_losses.csv and its plot, .png")
     common.add_device_arguments(parser)
     return complete(parser.parse_intermixed_args(argv))
 
@@ -798,12 +779,6 @@ def complete(args: Namespace) -> Namespace:
         args.style_layer_weights = []
     if args.lr is None:
         args.lr = 1.0 if args.optimizer == "lbfgs" else 0.02
-    if args.output is None:
-        tag = "_".join(path.stem for path in args.styles) or "inversion"
-        name = f"{args.content.stem}_{tag}.png"
-        if args.content.is_dir():
-            name = f"{args.content.resolve().name}_{tag}"
-        args.output = Path(name)
     return args
 
 
@@ -931,34 +906,28 @@ def find_faces(image: Tensor) -> Tensor:
     return mask
 
 
-def load_inputs(args: Namespace) -> list[Tensor]:
-    """Read the paintings, (1, 3, h, w) each; in `args`, put pictures in place of files' names."""
+def run(args: Namespace, command: Sequence[str]) -> None:
+    """Read the paintings and masks; paint the photo, or all of a folder."""
+    files = [*args.styles, *args.style_masks]
     size = max(1, round(args.image_size * args.style_scale))
     images = [next(common.load_frames(path, size))[0] for path in args.styles]
     args.style_alphas = [split_alpha(image)[1] for image in images]
     args.style_masks = [load_mask(path) for path in args.style_masks]
     if args.protect not in (None, "faces"):
+        files.append(Path(args.protect))
         args.protect = load_mask(args.protect)
     if args.init not in STARTS:
-        args.init = load_image(args.init)
-    return [image[:, :3] for image in images]
-
-
-def run(args: Namespace, command: Sequence[str]) -> None:
-    """Paint the photo, or all of a folder."""
-    files = [*args.styles, *args.style_masks]
-    if args.protect not in (None, "faces"):
-        files.append(Path(args.protect))
-    if args.init not in STARTS:
         files.append(Path(args.init))
-    pairs = common.plan_outputs([args.content], args.output, "", animations=False)
+        args.init = load_image(args.init)
+    tag = "_".join(path.stem for path in args.styles) or "inversion"
+    pairs = common.plan_outputs([args.content], args.output, tag, animations=False)
     photos = [photo for photo, _ in pairs]
     outputs = []
     for _, output in pairs:
         outputs += [output, *extras(output, args).values()]
     common.check_outputs(outputs, [*photos, *files])
     device = common.pick_device(args.device)
-    paintings = [painting.to(device) for painting in load_inputs(args)]
+    paintings = [image[:, :3].to(device) for image in images]  # (1, 3, h, w) each
     vgg = network(device, args)
     print(f"computing on {device} in {vgg.precision}", file=sys.stderr)
 

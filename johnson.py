@@ -54,9 +54,7 @@ def pad(x: Tensor, margin: int, mode: str) -> Tensor:
 class Convolution(nn.Module):
     """Pad maps (B, C, H, W) as `mode` says (`none`: not at all) and convolve them."""
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, mode: str = "reflect"
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, mode: str) -> None:
         super().__init__()
         self.mode = mode
         self.kernel = kernel
@@ -111,9 +109,9 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int, norm: Callable[[int], nn.Module], mode: str) -> None:
         super().__init__()
-        self.conv1 = Convolution(channels, channels, 3, mode=mode)
+        self.conv1 = Convolution(channels, channels, 3, 1, mode)
         self.in1 = norm(channels)
-        self.conv2 = Convolution(channels, channels, 3, mode=mode)
+        self.conv2 = Convolution(channels, channels, 3, 1, mode)
         self.in2 = norm(channels)
         self.inside = slice(2, -2) if mode == "none" else slice(None)
 
@@ -237,7 +235,7 @@ class Objective:
         self.args = args
         with torch.no_grad():
             f_s = self.vgg(y_s, args.style_layers)
-            self.G_s = {layer: gram_matrix(f_s[layer]) for layer in args.style_layers}
+            self.G_s = {layer: gram_matrix(f) for layer, f in f_s.items()}
 
     def __call__(self, y_hat: Tensor, y_c: Tensor) -> dict[str, Tensor]:
         """Compute the `total` loss of ŷ for the content target y_c, and its terms before weighting.
@@ -288,7 +286,12 @@ def train(args: Namespace, command: Sequence[str]) -> None:
     y_s = load_image(args.style, args.style_size).to(device)
 
     torch.manual_seed(args.seed)
-    f_W = first_network(args).to(device).train()
+    if args.start_from:
+        f_W = load_network(args.start_from[0])
+        common.go_on(args, f_W.architecture)
+    else:
+        f_W = TransformNet(args.norm, args.upsample, args.padding)
+    f_W.to(device).train()
     optimizer = torch.optim.Adam(f_W.parameters(), args.lr)
     layers = [args.content_layer, *args.style_layers]
     vgg = VGG(layers, args.vgg, args.vgg_weights, precision=precision).to(device)
@@ -371,7 +374,6 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
     rows = max(32, STRIP // (channels * width))
     rows -= rows % 2  # even, for a stride of 2
     places = height - kernel + 1  # of the kernel, from top to bottom
-    y = x.new_empty(0)
     done = 0  # rows of y
     for top in range(0, places, rows):
         strip = convolve(x[:, :, top : top + rows + kernel - 1])
@@ -382,15 +384,6 @@ def in_strips(convolve: Callable[[Tensor], Tensor], x: Tensor, kernel: int) -> T
         y[:, :, done : done + made] = strip
         done += made
     return y
-
-
-def first_network(args: Namespace) -> TransformNet:
-    """Make the network to train: a new one, or the model that --start-from names."""
-    if not args.start_from:
-        return TransformNet(args.norm, args.upsample, args.padding)
-    f_W = load_network(args.start_from[0])
-    common.go_on(args, f_W.architecture)
-    return f_W
 
 
 def beside(output: Path, end: str) -> Path:
@@ -431,10 +424,8 @@ def load_network(path: Path) -> TransformNet:
     try:
         network = TransformNet(**state.get("architecture", {"output": "linear"}))
         weights = common.plain_weights(state)
-        for name in weights.keys() - network.state_dict().keys():
-            if "running_" in name:  # statistics that older torch has kept
-                del weights[name]
-        network.load_state_dict(weights)
+        # What else there is, is left out, such as statistics that older torch has kept.
+        network.load_state_dict({name: weights[name] for name in network.state_dict()})
     except (AttributeError, InputError, KeyError, RuntimeError, TypeError) as error:
         what = "no model of johnson.py nor of pytorch/examples' fast_neural_style"
         raise InputError(f"{path} is {what}") from error

@@ -101,7 +101,8 @@ def test_no_command_writes_over_the_picture_of_another(page):
             continue
         args = SCRIPTS[script].parse_args([*sub, *arguments])
         # Without -o, the names of the inputs decide.
-        written[args.output or f"{script} {args.inputs}"] += 1
+        inputs = vars(args).get("inputs") or [args.content, *args.styles]
+        written[args.output or f"{script} {inputs}"] += 1
     assert not [output for output, count in written.items() if count > 1]
 
 
