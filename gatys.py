@@ -720,13 +720,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--style-weight", type=number(), default=50.0, metavar="β", help="β of Eq. 7")
     add("--tv-weight", type=number(), default=0.0, help="weight of total variation, for smoothness")
     add("--content-layers", nargs="*", default=[*CONTENT_LAYERS], help="layers of the content loss")
-    layers = "of relu1_1 … relu5_4; relu5_… are left out at full size"
+    layers = "layers of the style loss, of relu1_1 … relu5_4; relu5_… are left out at full size"
     add("--style-layers", nargs="*", default=[*STYLE_LAYERS], help=layers)
     weights = f"w_l of Eq. 5 (default: {' '.join(map(str, STYLE_LAYER_WEIGHTS))}; the paper: 0.2)"
     add("--style-layer-weights", nargs="*", type=number(), help=weights)
     add("--style-blend", nargs="*", type=number(), help="share of each style (default: equal ones)")
     add("--pooling", choices=["avg", "max"], default="avg", help="pooling in VGG (paper: avg)")
-    add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help="auto: vgg16, or vgg19")
+    networks = "auto: vgg16 if it is available, else vgg19"
+    add("--vgg", choices=["vgg19", "vgg16", "auto"], default="vgg19", help=networks)
     add("--vgg-weights", default="auto", help="file of VGG's weights, as torchvision saves them")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -737,7 +738,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--lbfgs-iters", type=number(int, 1, 10**6), default=2, help="iterations in each step")
     scales = "sizes, from 128 px to full (default: each at most twice the one before)"
     add("--scales", type=number(int, 1, 16), help=scales)
-    add("--tile-size", type=number(int, 16, 65536), help="compute in tiles, to save memory")
+    side = "compute in tiles of so many px, to save memory"
+    add("--tile-size", type=number(int, 16, 65536), help=side)
     add("--lr", type=number(), help="learning rate (default: 1 for lbfgs, 0.02 for adam)")
     starts = f"{', '.join(STARTS)} (the paper's), or a picture to continue from"
     add("--init", default="recolored", help=starts)
