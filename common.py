@@ -1208,7 +1208,7 @@ def _resume(
     saved = load_checkpoint(checkpoint).get("args")
     if not isinstance(saved, dict):
         raise InputError(f"{checkpoint} is no checkpoint of this script's train")
-    before = {name: saved[name] for name in saved.keys() & vars(args).keys() - OWN}
+    before = {name: saved[name] for name in saved.keys() - OWN}
     command.set_defaults(**before)
     args = command.parse_intermixed_args(argv[1:], Namespace(command=argv[0]))
     args.start_from = [checkpoint]

@@ -290,6 +290,7 @@ def test_a_resumed_training_may_have_smaller_crops(folders):
 def test_a_training_with_nothing_to_do_or_an_odd_suffix_does_not_begin(folders, fails):
     assert "--decay-epochs are 0" in fails("cyclegan.py train x y --epochs 0 --decay-epochs 0")
     assert "one of .pth" in fails("cyclegan.py train x y --export model.png")
+    assert "would write over" in fails("cyclegan.py train horse2zebra -o data/horse2zebra")
     assert "one of .pth" in fails("johnson.py train --style x --data y -o model.jpg")
 
 

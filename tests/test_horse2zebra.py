@@ -77,6 +77,7 @@ def test_it_makes_a_model_and_resumes_exactly(tiny, monkeypatch, capsys):
     assert [common.load_checkpoint(Path("a", name))["step"] for name in kept] == [2, 4, 6]
     last, final = (common.load_checkpoint(Path("a", name)) for name in (kept[-1], "m.pth"))
     assert last["G"].keys() == final["G"].keys()
+    assert final["command"] == "python models/horse2zebra.py"
     different = {key for key in last["G"] if not torch.equal(last["G"][key], final["G"][key])}
     assert {key.split(".")[1] for key in different} == {"18"}  # the last convolution
     for direction in ("x2y", "y2x"):

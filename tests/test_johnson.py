@@ -137,10 +137,13 @@ def test_what_a_training_leaves(photos):
     assert [common.lr_factor(n, 2, 4) for n in range(6)] == [1, 1, 1, 0.75, 0.5, 0.25]
 
 
-def test_a_training_starts_from_its_seed_or_from_another_style(photos):
+def test_a_training_starts_from_its_seed_or_from_another_style(photos, capsys):
     network = "--norm batch --upsample transposed --padding start"
     run(f"{TRAIN} --crop-size 44 --lr 0 -o a.pth --seed 7 {network}")
     run(f"{TRAIN} --crop-size 44 --lr 0 -o b.pth --start-from a.pth")
+    assert "going on from a.pth: norm batch, upsample transposed" in capsys.readouterr().err
+    means = [load_network(Path(name)).in1.running_mean for name in ("a.pth", "b.pth")]
+    assert not torch.equal(*means)  # from the first step on, they are those of what it sees
     torch.manual_seed(7)
     expected = TransformNet("batch", "transposed", "start").half().float()
     for path in (Path("a.pth"), Path("b.pth")):
