@@ -2,10 +2,10 @@
 
     python models/horse2zebra.py data/horse2zebra -o models/horse2zebra.pth
 
-It takes 4 hours of one CPU core. This is CycleGAN (Zhu et al. 2017) with other discriminators. To
-D_X and D_Y of the paper, faint pictures and stripes that are left on a horse look nearly real. E_X
-and E_Y, in their place, see feature maps of VGG-19, which was trained on ImageNet and can tell a
-horse from a zebra.
+It takes four hours on two CPU cores. This is CycleGAN (Zhu et al. 2017) with other discriminators.
+To D_X and D_Y of the paper, faint pictures and stripes that are left on a horse look nearly real.
+E_X and E_Y, in their place, see feature maps of VGG-19, which was trained on ImageNet and can tell
+a horse from a zebra.
 
 100 pictures of each training set are held out before the first step. Every thousand steps a model
 is kept, and models/kid.py tells what it makes of them. Nothing is chosen by that, and the test
